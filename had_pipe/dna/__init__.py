@@ -1,0 +1,1 @@
+"""What DNA is to us: genomes, windows, k-mers. Knows no file format of ours and no model."""

@@ -1,0 +1,85 @@
+"""Bases, k-mer ids and group masks.
+
+W windows, T k-mers per window, S = 6T bases. A base code is 0-3 for A, C, G, T. A k-mer id is a
+k-mer read as a number in base 4, first base first: 0 (AAAAAA) to 4095 (TTTTTT), the lexicographic
+order of A, C, G, T. Teachers map ids to their own tokens; no file holds a teacher's token ids.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from had_pipe.draws import Purpose, draws
+
+K = 6
+KMERS = 4**K
+LETTERS = "ACGT"
+
+_PLACE = 4 ** np.arange(K - 1, -1, -1)
+
+
+def encode_kmers(base_WS: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
+    """Base codes (W, 6T) to k-mer ids (W, T). Every base must be 0-3."""
+    windows, bases = base_WS.shape
+    assert bases % K == 0
+    assert base_WS.size == 0 or int(base_WS.max()) < 4
+    return (base_WS.reshape(windows, -1, K).astype(np.uint16) @ _PLACE.astype(np.uint16)).astype(
+        np.uint16, copy=False
+    )
+
+
+def decode_kmers(kmer_id: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+    """K-mer ids (..., T) to base codes (..., 6T)."""
+    base = (kmer_id[..., None] // _PLACE) % 4
+    return base.astype(np.uint8).reshape(*kmer_id.shape[:-1], kmer_id.shape[-1] * K)
+
+
+def spell(kmer_id: int) -> str:
+    """The six letters of one k-mer id."""
+    return "".join(LETTERS[b] for b in decode_kmers(np.array([kmer_id], dtype=np.uint16)))
+
+
+def _reverse_complement_table() -> npt.NDArray[np.uint16]:
+    every = np.arange(KMERS, dtype=np.uint16)
+    base = decode_kmers(every[:, None])
+    return encode_kmers(3 - base[:, ::-1])[:, 0]
+
+
+_REVERSE_COMPLEMENT = _reverse_complement_table()
+
+
+def reverse_complement(kmer_id_WT: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    """The same windows read on the other strand: each k-mer complemented, their order turned."""
+    return np.ascontiguousarray(_REVERSE_COMPLEMENT[kmer_id_WT][..., ::-1])
+
+
+def masked_groups(mask_ratio: float, kmers: int) -> int:
+    """How many of `kmers` groups are masked: round(ratio * T), halves up."""
+    return int(np.floor(mask_ratio * kmers + 0.5))
+
+
+def group_masks(
+    *, seed: int, view: int, first: int, windows: int, kmers: int, masked: int
+) -> npt.NDArray[np.bool_]:
+    """Masks (windows, kmers) of windows `first` on, True where hidden, exactly `masked` a window.
+
+    The masked groups of a window are those with the smallest draws, ties by position, so a mask
+    depends only on (seed, view, window, kmers, masked): Yang et al. 2025 (arXiv 2505.20836) mask
+    whole k-mers so that the teacher cannot read a hidden base from its own token.
+    """
+    assert 0 <= masked <= kmers
+    keys = draws(Purpose.MASK, seed, view, first=first, rows=windows, columns=kmers)
+    order = np.argsort(keys, axis=1, kind="stable")
+    mask = np.zeros((windows, kmers), dtype=np.bool_)
+    np.put_along_axis(mask, order[:, :masked], True, axis=1)
+    return mask
+
+
+def strand_flips(
+    *, seed: int, view: int, first: int, windows: int, probability: float
+) -> npt.NDArray[np.bool_]:
+    """Which of the windows `first` on a view sees on the other strand, (windows,)."""
+    keys = draws(Purpose.STRAND, seed, view, first=first, rows=windows, columns=1)[:, 0]
+    # 53 bits make an exact double in [0, 1).
+    return (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53 < probability
