@@ -1,0 +1,559 @@
+"""Nucleotide Transformer v2 in torch, all sizes, from folders laid out as on the hub.
+
+Written from the published description of the architecture (Dalla-Torre et al., Nature Methods
+2025) and checked against arrays of the reference implementation; no remote code is ever run.
+It does not train: the demo teacher's training lives beside its recipe.
+
+W windows, T tokens (`<cls>` and T - 1 k-mers where both occur), D channels, H heads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from had_pipe.dna.kmers import K, KMERS, decode_kmers
+from had_pipe.errors import InputError
+
+CONFIG_FILE = "config.json"
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+MASK_TOKEN = 2
+CLS_TOKEN = 3
+_FIRST_KMER_TOKEN = 6
+# Ids of the hub's vocabulary count in base 4 with A, T, C, G as digits; ours are A, C, G, T.
+_DIGIT_OF_BASE = np.array([0, 2, 3, 1])
+
+
+def _token_table() -> npt.NDArray[np.int64]:
+    base = decode_kmers(np.arange(KMERS, dtype=np.uint16)[:, None])
+    place = 4 ** np.arange(K - 1, -1, -1)
+    return np.asarray(_FIRST_KMER_TOKEN + _DIGIT_OF_BASE[base] @ place, dtype=np.int64)
+
+
+TOKEN_OF_KMER = _token_table()
+"""The teacher's token id of every k-mer id, (4096,)."""
+
+Head = Literal["none", "language"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NTv2Config:
+    """What config.json says about the shape; names are the hub's."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    """Width of one half of the gated linear unit."""
+    max_position_embeddings: int = 2050
+    vocab_size: int = 4107
+    layer_norm_eps: float = 1e-12
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def context(self) -> int:
+        """Most k-mers a window may have: positions less the two reserved ones and `<cls>`."""
+        return self.max_position_embeddings - 3
+
+
+def hub_shapes(config: NTv2Config) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the hub's model by its own name, the unused ones included."""
+    d, half, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    maps = config.num_hidden_layers * config.num_attention_heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "esm.embeddings.word_embeddings.weight": (vocab, d),
+        "esm.embeddings.position_embeddings.weight": (config.max_position_embeddings, d),
+    }
+    for i in range(config.num_hidden_layers):
+        at = f"esm.encoder.layer.{i}"
+        for part in ("self.query", "self.key", "self.value", "output.dense"):
+            shapes[f"{at}.attention.{part}.weight"] = (d, d)
+            shapes[f"{at}.attention.{part}.bias"] = (d,)
+        for norm in ("attention.LayerNorm", "LayerNorm"):
+            shapes[f"{at}.{norm}.weight"] = shapes[f"{at}.{norm}.bias"] = (d,)
+        shapes[f"{at}.intermediate.dense.weight"] = (2 * half, d)
+        shapes[f"{at}.output.dense.weight"] = (d, half)
+    shapes["esm.encoder.emb_layer_norm_after.weight"] = (d,)
+    shapes["esm.encoder.emb_layer_norm_after.bias"] = (d,)
+    shapes["esm.contact_head.regression.weight"] = (1, maps)
+    shapes["esm.contact_head.regression.bias"] = (1,)
+    shapes["lm_head.dense.weight"] = (d, d)
+    shapes["lm_head.dense.bias"] = (d,)
+    shapes["lm_head.layer_norm.weight"] = shapes["lm_head.layer_norm.bias"] = (d,)
+    shapes["lm_head.decoder.weight"] = (vocab, d)
+    shapes["lm_head.bias"] = (vocab,)
+    return shapes
+
+
+def _never_needed(key: str) -> bool:
+    """Keys a checkpoint may hold that no output depends on: these, and no others, are skipped."""
+    return (
+        key == "esm.embeddings.position_embeddings.weight"
+        or key.startswith("esm.contact_head.")
+        or key.endswith(".attention.self.rotary_embeddings.inv_freq")
+    )
+
+
+class LayerNorm(nn.Module):
+    """Layer norm in float32 whatever the matrix products use."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Block(nn.Module):
+    """Pre-norm attention with rotary positions, then a gated linear unit without biases."""
+
+    def __init__(self, config: NTv2Config) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.norm_attention = LayerNorm(d, config.layer_norm_eps)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.attention_out = nn.Linear(d, d)
+        self.norm_mlp = LayerNorm(d, config.layer_norm_eps)
+        self.up = nn.Linear(d, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, d, bias=False)
+
+    def forward(
+        self, x_WTD: Tensor, rotary: tuple[Tensor, Tensor], attend: Tensor | None
+    ) -> Tensor:
+        windows, tokens, d = x_WTD.shape
+        dtype = self.qkv.weight.dtype
+        qkv = self.qkv(self.norm_attention(x_WTD).to(dtype))
+        q, k, v = qkv.view(windows, tokens, 3, self.heads, d // self.heads).unbind(2)
+        q, k = _rotate(q, rotary).to(dtype), _rotate(k, rotary).to(dtype)
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attend
+        )
+        x_WTD = x_WTD + self.attention_out(mixed.transpose(1, 2).reshape(windows, tokens, d))
+        gate, value = self.up(self.norm_mlp(x_WTD).to(dtype)).chunk(2, dim=-1)
+        return x_WTD + self.down(F.silu(gate) * value)
+
+
+class LanguageHead(nn.Module):
+    """Features after the final norm to logits over the vocabulary."""
+
+    def __init__(self, config: NTv2Config) -> None:
+        super().__init__()
+        d = config.hidden_size
+        self.dense = nn.Linear(d, d)
+        self.norm = LayerNorm(d, config.layer_norm_eps)
+        self.decoder = nn.Linear(d, config.vocab_size)
+
+    def forward(self, feat: Tensor) -> Tensor:
+        dtype = self.dense.weight.dtype
+        hidden: Tensor = self.norm(F.gelu(self.dense(feat.to(dtype))))
+        logits: Tensor = self.decoder(hidden.to(dtype))
+        return logits
+
+
+class NTv2(nn.Module):
+    """The encoder, with its language-model head where `head` is "language"."""
+
+    def __init__(self, config: NTv2Config, *, head: Head = "none") -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.head = LanguageHead(config) if head == "language" else None
+
+    def forward(
+        self, token_id_WT: Tensor, *, layer: int = -1, attend_WT: Tensor | None = None
+    ) -> Tensor:
+        """Features (W, T, D): the output of block `layer`, or of the final norm for -1.
+
+        Blocks above `layer` are not run. `attend_WT` is False at padding, which only comparisons
+        with other implementations need: our windows have no padding.
+        """
+        depth = len(self.blocks)
+        assert layer == -1 or 1 <= layer <= depth
+        x_WTD: Tensor = self.embedding(token_id_WT).float()
+        rotary = rotary_tables(token_id_WT.shape[1], self.config.head_dim, x_WTD.device)
+        attend = None if attend_WT is None else attend_WT[:, None, None, :]
+        for block in self.blocks[: depth if layer == -1 else layer]:
+            x_WTD = block(x_WTD, rotary, attend)
+        return self.norm(x_WTD) if layer == -1 else x_WTD
+
+    def logits(self, feat: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of features (..., D) after the final norm."""
+        assert self.head is not None
+        return self.head(feat)  # type: ignore[no-any-return]
+
+    def compute_in(self, dtype: torch.dtype) -> NTv2:
+        """Hold the matrices of the products in `dtype`; norms, angles and residuals stay float32."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+        return self
+
+
+def rotary_tables(tokens: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, 1, head_dim / 2), float32: angles in half precision ruin attention."""
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    position = torch.arange(tokens, device=device, dtype=torch.float32)
+    angle = position[:, None, None] * 10_000.0**-exponent
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + head_dim / 2) of queries or keys (W, T, H, head_dim)."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _hub_parts(model: NTv2) -> dict[str, Tensor]:
+    """The model's own memory under the hub's names: views, so writing to them loads the model."""
+    d = model.config.hidden_size
+    parts: dict[str, Tensor] = {"esm.embeddings.word_embeddings.weight": model.embedding.weight}
+
+    def put(name: str, module: nn.Module) -> None:
+        for kind, tensor in module.named_parameters(recurse=False):
+            parts[f"{name}.{kind}"] = tensor
+
+    for i, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        at = f"esm.encoder.layer.{i}"
+        for j, part in enumerate(("query", "key", "value")):
+            rows = slice(j * d, (j + 1) * d)
+            parts[f"{at}.attention.self.{part}.weight"] = block.qkv.weight[rows]
+            parts[f"{at}.attention.self.{part}.bias"] = block.qkv.bias[rows]
+        put(f"{at}.attention.LayerNorm", block.norm_attention)
+        put(f"{at}.attention.output.dense", block.attention_out)
+        put(f"{at}.LayerNorm", block.norm_mlp)
+        put(f"{at}.intermediate.dense", block.up)
+        put(f"{at}.output.dense", block.down)
+    put("esm.encoder.emb_layer_norm_after", model.norm)
+    if model.head is not None:
+        put("lm_head.dense", model.head.dense)
+        put("lm_head.layer_norm", model.head.norm)
+        parts["lm_head.decoder.weight"] = model.head.decoder.weight
+        parts["lm_head.bias"] = model.head.decoder.bias
+    return parts
+
+
+def read_config(folder: Path) -> NTv2Config:
+    """The shape told by a folder's config.json; raises InputError where it is not an NT-v2."""
+    path = folder / CONFIG_FILE
+    found = read_config_file(folder)
+
+    if found.get("model_type", "esm") != "esm":
+        raise InputError(
+            f"{path}: model_type is {found['model_type']!r}, expected an NT-v2 ('esm' or absent); "
+            "name an NT-v2 checkpoint."
+        )
+    # Each of these changes what the network computes, and every published NT-v2 has them so.
+    for key, expected in (
+        ("position_embedding_type", "rotary"),
+        ("add_bias_fnn", False),
+        ("emb_layer_norm_before", False),
+        ("token_dropout", False),
+        ("is_folding_model", False),
+        ("tie_word_embeddings", False),
+    ):
+        if found.get(key, expected) != expected:
+            raise InputError(
+                f"{path}: {key} is {found[key]!r}, but NT-v2 has {expected!r}: another "
+                "architecture; name an NT-v2 checkpoint."
+            )
+
+    def whole(key: str) -> int:
+        value = found.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(
+                f"{path}: {key} is {json.dumps(value)}, expected a whole number of at least 1; "
+                "get the config.json that belongs to the weights."
+            )
+        return value
+
+    eps = found.get("layer_norm_eps", 1e-12)
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise InputError(
+            f"{path}: layer_norm_eps is {eps!r}, expected a number between 0 and 1; "
+            "get the config.json that belongs to the weights."
+        )
+    config = NTv2Config(
+        hidden_size=whole("hidden_size"),
+        num_hidden_layers=whole("num_hidden_layers"),
+        num_attention_heads=whole("num_attention_heads"),
+        intermediate_size=whole("intermediate_size"),
+        max_position_embeddings=whole("max_position_embeddings"),
+        vocab_size=whole("vocab_size"),
+        layer_norm_eps=eps,
+    )
+    if config.hidden_size % (2 * config.num_attention_heads):
+        raise InputError(
+            f"{path}: hidden_size {config.hidden_size} does not divide into "
+            f"{config.num_attention_heads} heads of an even width; "
+            "get the config.json that belongs to the weights."
+        )
+    if config.vocab_size < _FIRST_KMER_TOKEN + KMERS:
+        raise InputError(
+            f"{path}: vocab_size is {config.vocab_size}, too few for {KMERS:,} 6-mers and 6 special "
+            "tokens; name an NT-v2 checkpoint."
+        )
+    if config.max_position_embeddings < 4:
+        raise InputError(
+            f"{path}: max_position_embeddings is {config.max_position_embeddings}, which leaves no "
+            "room for a k-mer; get the config.json that belongs to the weights."
+        )
+    return config
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """config.json as it stands; raises InputError where there is none."""
+    path = folder / CONFIG_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder}: there is no {CONFIG_FILE}; a teacher's folder holds {CONFIG_FILE} and "
+            f"{' or '.join(WEIGHT_FILES)}."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); get the file again.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object; get the file again.")
+    return found
+
+
+def weight_file(folder: Path) -> Path:
+    """The weights in a folder: safetensors where there is one, else the older format."""
+    for name in WEIGHT_FILES:
+        path = folder / name
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.read(24).startswith(b"version https://git-lfs"):
+                    raise InputError(
+                        f"{path}: a Git LFS pointer in place of the weights; "
+                        "fetch them with `git lfs pull`."
+                    )
+            return path
+    raise InputError(f"{folder}: no weights: neither {' nor '.join(WEIGHT_FILES)} is here.")
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    damaged = "the file is damaged or not a checkpoint; get it again."
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise InputError(f"{path}: {error}: {damaged}") from error
+    try:
+        # weights_only: the unpickler makes tensors and nothing else, so loading runs no code.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: {first_line} {damaged}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path}: holds something else than named tensors: {damaged}")
+    return state
+
+
+def load_checkpoint(folder: Path, *, head: Head = "none") -> NTv2:
+    """The model of a folder laid out as on the hub, float32 on the CPU, in evaluation mode.
+
+    Needed keys are required, unneeded ones refused, but for the buffers and tables of the hub's
+    model that no output depends on and, with head "none", the language-model head.
+    """
+    config = read_config(folder)
+    path = weight_file(folder)
+    stored = _read_weights(path)
+    with torch.device("meta"):
+        model = NTv2(config, head=head)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        parts = _hub_parts(model)
+    shapes = hub_shapes(config)
+
+    missing = sorted(parts.keys() - stored.keys())
+    if missing:
+        raise InputError(
+            f"{path}: {missing[0]} is missing ({len(missing)} of {len(parts)} keys are); "
+            f"the weights do not belong to this {CONFIG_FILE}, or are not those of an NT-v2."
+        )
+    for key in sorted(stored):
+        ignored = _never_needed(key) or (head == "none" and key.startswith("lm_head."))
+        if key not in parts and not ignored:
+            raise InputError(
+                f"{path}: {key} is not a key of an NT-v2; "
+                f"the weights do not belong to this {CONFIG_FILE}, or are another architecture's."
+            )
+    for key, part in parts.items():
+        tensor = stored[key]
+        if tuple(tensor.shape) != shapes[key]:
+            raise InputError(
+                f"{path}: {key} is {_by(tensor.shape)}, expected {_by(shapes[key])}"
+                + _glu_hint(key, tensor)
+                + f"; the weights do not belong to this {CONFIG_FILE}, or are not an NT-v2's."
+            )
+        if not tensor.is_floating_point():
+            raise InputError(
+                f"{path}: {key} is {_dtype_name(tensor.dtype)}, expected floating point; "
+                "quantised checkpoints are not read."
+            )
+        with torch.no_grad():
+            part.copy_(tensor)
+    return model.eval()
+
+
+def _by(shape: tuple[int, ...] | torch.Size) -> str:
+    return " x ".join(str(s) for s in shape) or "a scalar"
+
+
+def _glu_hint(key: str, tensor: Tensor) -> str:
+    return " (two halves of a gated unit)" if key.endswith(".intermediate.dense.weight") else ""
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def save_checkpoint(
+    model: NTv2,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write a folder that `load_checkpoint` reads, in the hub's names; `extra` goes to config.json.
+
+    The hub's unused tables (positions, contact head, inverse frequencies) are not written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    described = {
+        "architectures": ["EsmForMaskedLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "layer_norm_eps": config.layer_norm_eps,
+        "position_embedding_type": "rotary",
+        "add_bias_fnn": False,
+        "emb_layer_norm_before": False,
+        "token_dropout": False,
+        "tie_word_embeddings": False,
+        "is_folding_model": False,
+        "pad_token_id": 1,
+        "mask_token_id": MASK_TOKEN,
+        "torch_dtype": _dtype_name(dtype),
+        **(extra or {}),
+    }
+    tensors = {
+        key: part.detach().to(device="cpu", dtype=dtype).contiguous().clone()
+        for key, part in _hub_parts(model).items()
+    }
+    # A reader finds the old weights or the new ones, never half a file.
+    aside = folder / f".{WEIGHT_FILES[0]}.{os.getpid()}"
+    safetensors.torch.save_file(tensors, aside, metadata={"format": "pt"})
+    os.replace(aside, folder / WEIGHT_FILES[0])
+    (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as it lies on disk."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class NTv2Teacher:
+    """An NT-v2 held to one layer and one device; see `teachers.teacher.Teacher`."""
+
+    k = K
+
+    def __init__(
+        self,
+        model: NTv2,
+        *,
+        name: str,
+        revision: str | None,
+        weights_sha256: str,
+        licence: str,
+        layer: int,
+        device: torch.device,
+    ) -> None:
+        # Half precision is for the tensor cores; on a CPU it is slower and less exact.
+        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.name = name
+        self.revision = revision
+        self.weights_sha256 = weights_sha256
+        self.licence = licence
+        self.layer = layer
+        self.channels = model.config.hidden_size
+        self.context = model.config.context
+        self.dtype = _dtype_name(compute)
+        self.numerics: Mapping[str, str | int] = {
+            "device": f"cuda:{torch.cuda.get_device_name(device)}"
+            if device.type == "cuda"
+            else device.type,
+            "torch": torch.__version__.split("+")[0],
+            "kernels": "sdpa",
+            "dtype": self.dtype,
+        }
+        self._device = device
+        self._compute = compute
+        self._model = model.eval().requires_grad_(False).to(device).compute_in(compute)
+        self._token_of_kmer = torch.from_numpy(TOKEN_OF_KMER).to(device)
+
+    def embed(self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_]) -> Tensor:
+        """Features (W, T, D) on the teacher's device; `hidden_WT` is True where it sees `<mask>`."""
+        windows, kmers = kmer_id_WT.shape
+        assert hidden_WT.shape == (windows, kmers) and 1 <= kmers <= self.context
+        assert kmer_id_WT.size == 0 or int(kmer_id_WT.max()) < KMERS
+        with torch.inference_mode():
+            kmer_id = torch.from_numpy(kmer_id_WT.astype(np.int64)).to(self._device)
+            hidden = torch.from_numpy(np.ascontiguousarray(hidden_WT)).to(self._device)
+            token = self._token_of_kmer[kmer_id].masked_fill(hidden, MASK_TOKEN)
+            cls = token.new_full((windows, 1), CLS_TOKEN)
+            feat_WTD: Tensor = self._model(torch.cat((cls, token), dim=1), layer=self.layer)
+            return feat_WTD[:, 1:].to(self._compute)
+
+
+def random_model(config: NTv2Config, *, seed: int, head: Head = "none") -> NTv2:
+    """A model with seeded random weights of the size that training starts from."""
+    with torch.device("meta"):
+        model = NTv2(config, head=head)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    shrink = 1 / math.sqrt(2 * config.num_hidden_layers)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "norm" in name:
+                tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif name.endswith("bias"):
+                tensor.zero_()
+            else:
+                tensor.normal_(std=0.02, generator=generator)
+                if name.endswith(("attention_out.weight", "down.weight")):
+                    tensor.mul_(shrink)
+    return model.eval()
