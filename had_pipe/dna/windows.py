@@ -17,9 +17,10 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ REST = "train"
 
 _FIRST = (REST, "valid", "test")
 # A split names a group of the cache, and so a folder.
-_SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+_SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _COORDINATE = re.compile(r"[0-9]{1,18}")
 
 
@@ -142,53 +143,56 @@ def check_contigs(regions: Sequence[Region], names: Iterable[str], *, what: str)
     A BED made for a whole genome may well be used with some of its chromosomes, so contigs that
     the genome lacks are no error as long as one is known.
     """
-    known = set(names)
-    named = sorted({region.contig for region in regions})
+    _check_some_known({region.contig for region in regions}, set(names), what)
+
+
+def _check_some_known(named: set[str], known: set[str], what: str) -> None:
     if named and known.isdisjoint(named):
         raise InputError(
             f"{what}: no region lies on a contig of the genome; it names {_few(named)}, the genome "
-            f"has {_few(sorted(known))}{_nearest(named[0], known)}: rename the contigs"
+            f"has {_few(known)}{_nearest(min(named), known)}: rename the contigs"
         )
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean …?' or nothing."""
-    known = sorted(known)
+def _nearest(name: str, known: set[str]) -> str:
+    """What to add to a message about an unknown contig: a likely one, or nothing."""
     twins = {f"chr{name}", name.removeprefix("chr"), {"chrM": "MT", "MT": "chrM"}.get(name, name)}
-    near = [k for k in known if k in twins] or difflib.get_close_matches(name, known, n=1)
+    near = sorted(known & twins) or difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
+def _few(names: set[str]) -> str:
+    shown = ", ".join(repr(name) for name in sorted(names)[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # -- splits ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SplitRule:
     """How a genome is cut into splits. Made by `SplitRule.of`, completed by `prepare`."""
 
     names: tuple[str, ...]
     """Splits that can occur: train, valid, test, then the others by name."""
-    contig_split: Mapping[str, str] = field(default_factory=dict, hash=False)
+    contig_split: Mapping[str, str] = field(default_factory=dict)
     """By contig; the rest is train."""
-    regions: tuple[Region, ...] | None = None
-    """By region, named by their split; the rest is in no split."""
+    regions: Mapping[str, Intervals] | None = None
+    """By region, for each contig that has some; the rest is in no split."""
     source: str = ""
     """Where the regions come from, for messages."""
     block: int = 0
     """By blocks of so many bases; 0 for none."""
     shares: tuple[tuple[str, float], ...] = ()
     """Share of the blocks for each split; the rest is train."""
-    contigs: tuple[tuple[str, int], ...] = ()
-    """Name and length of every contig, in file order; blocks are counted over all of them."""
+    first_block: Mapping[str, int] = field(default_factory=dict)
+    """The contig's first block, counted over the genome in file order."""
+    counts: tuple[int, ...] = ()
+    """Blocks of the genome for each of `names`."""
 
     @classmethod
     def of(cls, value: Mapping[str, Any] | Path | None) -> SplitRule:
-        """The rule of a recipe's `splits`.
+        """The rule of a recipe's `splits`, a value the recipe has checked.
 
         {"valid": ["chr8"], "test": ["chr20"]}             by contig, the rest is train
         {"blocks": 100_000, "valid": 0.1, "test": 0.05}    by seeded blocks, the rest is train
@@ -210,10 +214,10 @@ class SplitRule:
             if contig not in known:
                 raise RecipeError(
                     f"splits: {split} = {contig!r}: no such contig in the genome, which has "
-                    f"{_few(sorted(known))}{_nearest(contig, known)}"
+                    f"{_few(known)}{_nearest(contig, known)}"
                 )
         if self.regions is not None:
-            check_contigs(self.regions, known, what=self.source)
+            _check_some_known(set(self.regions), known, self.source)
 
     def prepare(self, contigs: Sequence[tuple[str, int]]) -> SplitRule:
         """The rule for this genome, given as (name, length) in file order, with contigs checked.
@@ -222,31 +226,38 @@ class SplitRule:
         up, of all the genome's blocks fall to a split.
         """
         self.check_contigs(name for name, _ in contigs)
-        rule = replace(self, contigs=tuple(contigs))
-        if rule.block:
-            rule._block_counts()
-        return rule
-
-    def pieces(self, contig: str, length: int, seed: int) -> Intervals:
-        """The contig's stretches by split (index into `names`), neighbours of one split joined."""
-        if self.regions is not None:
-            return _by_region(self, contig, length)
-        if self.block:
-            return _by_block(self, contig, length, seed)
-        split = self.names.index(self.contig_split.get(contig, REST))
-        return _intervals([0], [length], split)
-
-    def _block_counts(self) -> tuple[int, dict[str, int]]:
-        """Blocks of the genome, and how many of them each split but train gets."""
-        blocks = sum(-(-length // self.block) for _, length in self.contigs)
-        count = {split: math.floor(share * blocks + 0.5) for split, share in self.shares}
+        if not self.block:
+            return self
+        of_contig = [-(-length // self.block) for _, length in contigs]
+        first = np.cumsum([0, *of_contig]).tolist()
+        blocks = int(first.pop())
+        # As a fraction, because 0.29 * 50 is 14.499999999999998 in floating point.
+        count = {n: math.floor(Fraction(str(s)) * blocks + Fraction(1, 2)) for n, s in self.shares}
         for split, share in self.shares:
             if count[split] == 0 or sum(count.values()) > blocks:
                 raise RecipeError(
                     f"splits: {split} = {share} of {blocks} blocks of {self.block} bases cannot "
                     f"be had (rounded: {count}): make the blocks shorter or change the shares"
                 )
-        return blocks, count
+        count[REST] = blocks - sum(count.values())
+        return replace(
+            self,
+            first_block={name: at for (name, _), at in zip(contigs, first, strict=True)},
+            counts=tuple(count[name] for name in self.names),
+        )
+
+    def pieces(self, contig: str, length: int, seed: int) -> Intervals:
+        """The contig's stretches by split (index into `names`), neighbours of one split joined."""
+        if self.regions is not None:
+            own = self.regions.get(contig, _intervals([], [], 0))
+            if own.end.size and own.end[-1] > length:
+                last = Region(contig, int(own.start[-1]), int(own.end[-1]))
+                _refuse_end(last, length, self.source)
+            return own
+        if self.block:
+            return _by_block(self, contig, length, seed)
+        split = self.names.index(self.contig_split.get(contig, REST))
+        return _intervals([0], [length], split)
 
 
 def _ordered(names: Iterable[str]) -> tuple[str, ...]:
@@ -254,28 +265,10 @@ def _ordered(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(n for n in _FIRST if n in present) + tuple(sorted(present.difference(_FIRST)))
 
 
-def _check_split_names(names: Iterable[object]) -> None:
-    for name in names:
-        if name == REST:
-            raise RecipeError(
-                f"splits: {REST!r} is what the other splits leave over: leave the key out"
-            )
-        if not isinstance(name, str) or not _SPLIT_NAME.fullmatch(name):
-            raise RecipeError(
-                f"splits: {name!r}: a split's name must start with a letter and hold letters, "
-                "digits, '_' and '-' only"
-            )
-
-
 def _contig_rule(value: Mapping[str, Any]) -> SplitRule:
-    _check_split_names(value)
     contig_split: dict[str, str] = {}
     for split, contigs in value.items():
-        if isinstance(contigs, str) or not isinstance(contigs, Sequence) or not contigs:
-            raise RecipeError(f"splits: {split} = {contigs!r}: must be a list of contig names")
         for contig in contigs:
-            if not isinstance(contig, str):
-                raise RecipeError(f"splits: {split} = {contig!r}: must be a contig's name, quoted")
             if contig_split.setdefault(contig, split) != split:
                 raise RecipeError(
                     f"splits: contig {contig!r} is in {contig_split[contig]!r} and in {split!r}; "
@@ -285,19 +278,15 @@ def _contig_rule(value: Mapping[str, Any]) -> SplitRule:
 
 
 def _block_rule(value: Mapping[str, Any]) -> SplitRule:
-    block = value["blocks"]
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise RecipeError(f"splits: blocks = {block!r}: must be a number of bases, at least 1")
-    shares = {split: share for split, share in value.items() if split != "blocks"}
-    _check_split_names(shares)
-    for split, share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise RecipeError(f"splits: {split} = {share!r}: must be a share between 0 and 1")
-    if sum(shares.values()) > 1:
-        raise RecipeError(f"splits: the shares add up to {sum(shares.values()):g}, more than 1")
-    names = _ordered([REST, *shares])
-    ordered = tuple((name, float(shares[name])) for name in names if name in shares)
-    return SplitRule(names=names, block=block, shares=ordered)
+    share = {split: float(of) for split, of in value.items() if split != "blocks"}
+    assert value["blocks"] >= 1
+    assert all(of > 0 for of in share.values())
+    names = _ordered([REST, *share])
+    return SplitRule(
+        names=names,
+        block=int(value["blocks"]),
+        shares=tuple((name, share[name]) for name in names if name in share),
+    )
 
 
 def _region_rule(path: Path) -> SplitRule:
@@ -308,90 +297,69 @@ def _region_rule(path: Path) -> SplitRule:
         if not _SPLIT_NAME.fullmatch(region.name):
             raise InputError(
                 f"{path}: region {region.contig}:{region.start}-{region.end} has "
-                f"{region.name!r} for a split; expected a name of letters, digits, '_' and '-' "
-                "in column 4, or in a column 'split' of a headed file"
+                f"{region.name!r} for a split; expected a name of lower-case letters, digits and "
+                "'_' in column 4, or in a column 'split' of a headed file"
             )
-    rule = SplitRule(
-        names=_ordered(region.name for region in regions), regions=regions, source=str(path)
-    )
-    for contig in dict.fromkeys(region.contig for region in regions):
-        _by_region(rule, contig, None)
-    return rule
-
-
-@lru_cache(maxsize=4)
-def _regions_by_contig(regions: tuple[Region, ...]) -> dict[str, list[Region]]:
-    found: dict[str, list[Region]] = {}
+    names = _ordered(region.name for region in regions)
+    by_contig: dict[str, list[Region]] = {}
     for region in regions:
-        found.setdefault(region.contig, []).append(region)
-    return found
+        by_contig.setdefault(region.contig, []).append(region)
+    return SplitRule(
+        names=names,
+        regions={contig: _join(own, names, path) for contig, own in by_contig.items()},
+        source=str(path),
+    )
 
 
-def _by_region(rule: SplitRule, contig: str, length: int | None) -> Intervals:
-    """Regions joined within each split. Regions of two splits on one base are refused.
+def _join(regions: list[Region], names: tuple[str, ...], path: Path) -> Intervals:
+    """One contig's regions, joined within each split. Two splits on one base are refused.
 
     Dropping contested bases would be quieter, but two splits that claim one base mean that the
-    file is not what its maker thinks, and a leak between splits is found by nobody later.
+    file is not what its maker thinks, and nobody finds a leak between splits later.
     """
-    assert rule.regions is not None
-    own = _regions_by_contig(rule.regions).get(contig, [])
-    _check_ends(own, length, rule.source)
-    merged = [
-        merge([r for r in own if r.name == name], value)
-        for value, name in enumerate(rule.names)
-        if any(r.name == name for r in own)
-    ]
-    if not merged:
-        return _intervals([], [], 0)
-    start = np.concatenate([m.start for m in merged])
+    own = [merge([r for r in regions if r.name == name], v) for v, name in enumerate(names)]
+    start = np.concatenate([split.start for split in own])
     order = np.argsort(start, kind="stable")
-    end = np.concatenate([m.end for m in merged])[order]
-    value_of = np.concatenate([m.value for m in merged])[order]
-    start = start[order]
+    joined = Intervals(
+        start=start[order],
+        end=np.concatenate([split.end for split in own])[order],
+        value=np.concatenate([split.value for split in own])[order],
+    )
     # Within a split the intervals are disjoint, so if any two overlap, two neighbours do.
-    clash = np.flatnonzero(start[1:] < end[:-1])
+    clash = np.flatnonzero(joined.start[1:] < joined.end[:-1])
     if clash.size:
-        at = int(start[clash[0] + 1])
-        pair = [r for r in own if r.start <= at < r.end]
-        first, second = pair[0], next(r for r in pair if r.name != pair[0].name)
+        base = int(joined.start[clash[0] + 1])
+        there = [region for region in regions if region.start <= base < region.end]
+        other = next(region for region in there if region.name != there[0].name)
         raise InputError(
-            f"{rule.source}: regions {first} and {second} overlap but are in different splits; "
+            f"{path}: regions {there[0]} and {other} overlap but are in different splits; "
             "a base may be in one split only"
         )
-    return Intervals(start=start, end=end, value=value_of)
+    return joined
 
 
 def _by_block(rule: SplitRule, contig: str, length: int, seed: int) -> Intervals:
-    assert rule.contigs, "a rule by blocks must be prepared with the genome's contigs"
-    first = 0
-    for name, contig_length in rule.contigs:
-        if name == contig:
-            assert contig_length == length
-            break
-        first += -(-contig_length // rule.block)
-    else:
-        raise AssertionError(f"the rule was prepared without contig {contig!r}")
-    blocks = -(-length // rule.block)
-    value = _block_splits(rule, seed)[first : first + blocks]
-    edge = np.flatnonzero(np.diff(value)) + 1
-    cut = np.concatenate([[0], edge, [blocks]])
+    assert contig in rule.first_block, "a rule by blocks must be prepared for the genome"
+    first, blocks = rule.first_block[contig], -(-length // rule.block)
+    value = _block_splits(rule.counts, rule.names.index(REST), seed)[first : first + blocks]
+    cut = np.concatenate([[0], np.flatnonzero(np.diff(value)) + 1, [blocks]]).astype(np.int64)
     return Intervals(
-        start=(cut[:-1] * rule.block).astype(np.int64),
-        end=np.minimum(cut[1:] * rule.block, length).astype(np.int64),
+        start=cut[:-1] * rule.block,
+        end=np.minimum(cut[1:] * rule.block, length),
         value=value[cut[:-1]],
     )
 
 
 @lru_cache(maxsize=4)
-def _block_splits(rule: SplitRule, seed: int) -> npt.NDArray[np.int16]:
+def _block_splits(counts: tuple[int, ...], rest: int, seed: int) -> npt.NDArray[np.int16]:
     """The split of every block of the genome: the first of a permutation are valid, and so on."""
-    blocks, count = rule._block_counts()
-    split = np.full(blocks, rule.names.index(REST), dtype=np.int16)
-    order = permutation(Purpose.BLOCK_SPLIT, seed, 0, blocks)
+    split = np.full(sum(counts), rest, dtype=np.int16)
+    order = permutation(Purpose.BLOCK_SPLIT, seed, 0, split.size)
     taken = 0
-    for name, own in count.items():
-        split[order[taken : taken + own]] = rule.names.index(name)
-        taken += own
+    for value, count in enumerate(counts):
+        if value != rest:
+            split[order[taken : taken + count]] = value
+            taken += count
     return split
 
 
@@ -567,10 +535,14 @@ def _share(
     return (count / bases).astype(np.float32)
 
 
-def _check_ends(regions: Sequence[Region], length: int | None, what: str) -> None:
+def _check_ends(regions: Sequence[Region], length: int, what: str) -> None:
     for region in regions:
-        if length is not None and region.end > length:
-            raise InputError(
-                f"{what}: region {region} ends beyond its contig, which has {length} bases: "
-                "it was made for another assembly"
-            )
+        if region.end > length:
+            _refuse_end(region, length, what)
+
+
+def _refuse_end(region: Region, length: int, what: str) -> NoReturn:
+    raise InputError(
+        f"{what}: region {region} ends beyond its contig, which has {length} bases: "
+        "it was made for another assembly"
+    )
