@@ -1,0 +1,597 @@
+"""One run as one self-contained HTML page: what was learnt, beside what costs nothing to know.
+
+It reads run.json and metrics.jsonl, and nothing else: neither the cache nor the student is opened,
+so a page can be made anywhere the run folder was copied to, also while the run is going on. The
+page loads nothing from anywhere: its figures are SVG inside it, and there is no script.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+import matplotlib
+import numpy as np
+
+from had_pipe import __version__
+from had_pipe.durable import make_folder, write_file
+from had_pipe.errors import InputError
+
+matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+RUN_FORMAT = "had-run/1"
+_PAGE = "report.html"
+_MOST_POINTS = 800
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run folder says about itself."""
+
+    folder: Path
+    run: Mapping[str, Any]
+    """run.json."""
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    floors: Row | None
+
+    @property
+    def steps(self) -> int:
+        """Steps the recipe asks for."""
+        return int(self.run["recipe"]["train"]["steps"])
+
+    @property
+    def step(self) -> int:
+        """Last step that metrics tell of."""
+        return max((int(row["step"]) for row in (*self.train, *self.validation)), default=0)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder. Raises InputError where it is none, or a line of its metrics is broken."""
+    told = folder / "run.json"
+    try:
+        run = json.loads(told.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{folder}: not a run: run.json cannot be read ({error.strerror}); give the folder "
+            "that [train] out names in the recipe."
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{told}: not JSON ({error}); the file was changed by hand.") from error
+    found = run.get("format") if isinstance(run, dict) else None
+    if found != RUN_FORMAT:
+        raise InputError(
+            f"{told}: format {found!r}, but this had-pipe reads {RUN_FORMAT!r}; use the version "
+            "that made the run."
+        )
+    rows = _read_metrics(folder / "metrics.jsonl")
+    floors = [row for row in rows if row["kind"] == "floors"]
+    return RunRecord(
+        folder=folder,
+        run=run,
+        train=tuple(row for row in rows if row["kind"] == "train"),
+        validation=tuple(row for row in rows if row["kind"] == "validation"),
+        floors=floors[-1] if floors else None,
+    )
+
+
+def _read_metrics(path: Path) -> list[Row]:
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        # Without its line feed the last line is one that a running process is still writing.
+        if not line or number == len(lines):
+            continue
+        try:
+            row = json.loads(line)
+            rows.append({**row, "kind": row["kind"]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{path}: line {number} is not a line of metrics ({error}): {line[:60]!r}; the "
+                "file was damaged, remove that line."
+            ) from error
+    return rows
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the page of one run, into its folder unless `out` names a file. Returns the page."""
+    record = read_run(run)
+    page = run / _PAGE if out is None else out
+    html = _render(record)
+    make_folder(page.parent)
+    write_file(page, html.encode("utf-8"), aside=page.parent)
+    return page
+
+
+# What the numbers say
+
+
+def verdicts(record: RunRecord) -> list[str]:
+    """The run in plain sentences, each figure beside its floor; never more than was measured."""
+    said = []
+    if record.step < record.steps:
+        said.append(
+            f"This run is not finished: {record.step:,} of {record.steps:,} steps so far. "
+            "What follows holds for this moment."
+        )
+    if not record.train:
+        return [*said, "Nothing has been measured yet."]
+    if not record.validation:
+        return [
+            *said,
+            "No windows were held out, so nothing here is measured on DNA the student has not "
+            "seen: the figures are those of training batches.",
+        ]
+    last, floors = record.validation[-1], record.floors
+    if floors is not None:
+        said += [*_alignment(last, floors), *_reconstruction(last, floors)]
+    said.append(
+        f"Measured on {int(last['windows']):,} held-out windows after step {int(last['step']):,}."
+    )
+    return said
+
+
+def _alignment(last: Row, floors: Row) -> list[str]:
+    if not _numbers(last, "align") or not _numbers(floors, "mean_align", "kmer_align"):
+        return []
+    align, mean, table = last["align"], floors["mean_align"], floors["kmer_align"]
+    if min(mean, table) <= 0:
+        return ["The teacher's embeddings are alike for every k-mer: alignment says nothing here."]
+    beyond_mean, beyond_table = 1 - align / mean, 1 - align / table
+    if beyond_table > 0:
+        table_says = (
+            f"It explains {_percent(beyond_table)} of what a k-mer table (the mean embedding of "
+            "each k-mer, without any context) leaves unexplained."
+        )
+    else:
+        table_says = (
+            "It does not reach the k-mer table (the mean embedding of each k-mer): its error is "
+            f"{_percent(-beyond_table)} larger. Nothing here shows that it uses context yet."
+        )
+    if beyond_mean > 0:
+        mean_says = (
+            f"The student explains {_percent(beyond_mean)} of the variance of the teacher's "
+            "embeddings on visible k-mers."
+        )
+    else:
+        mean_says = (
+            "The student does not yet explain the teacher's embeddings better than their plain "
+            f"mean does: its error is {_percent(-beyond_mean)} larger."
+        )
+    return [mean_says, table_says]
+
+
+def _reconstruction(last: Row, floors: Row) -> list[str]:
+    if not _numbers(last, "accuracy") or not _numbers(floors, "base_frequency_accuracy"):
+        return []
+    accuracy, commonest = last["accuracy"], floors["base_frequency_accuracy"]
+    sentence = (
+        f"Masked-base accuracy {accuracy:.3f}, against {commonest:.3f} for always naming the "
+        "commonest base"
+    )
+    if _numbers(last, "reconstruct") and _numbers(floors, "base_frequency_cross_entropy"):
+        gain = floors["base_frequency_cross_entropy"] - last["reconstruct"]
+        sentence += (
+            f"; cross-entropy {abs(gain):.4f} nats {'below' if gain > 0 else 'above'} that of the "
+            "base frequencies"
+        )
+    better = accuracy > commonest
+    return [sentence + ("." if better else ": masked bases are not learnt yet.")]
+
+
+def _numbers(row: Row, *keys: str) -> bool:
+    """Whether the row holds a finite number under each key."""
+    return all(isinstance(row.get(key), int | float) and math.isfinite(row[key]) for key in keys)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+# Figures. Colours are CSS variables, so that one SVG reads in the light, in the dark and on paper:
+# matplotlib is given stand-ins, which are exchanged in its output.
+
+_INK = {
+    "#010101": "currentColor",
+    "#020202": "var(--grid)",
+    "#030303": "var(--train)",
+    "#040404": "var(--held)",
+    "#050505": "var(--floor-mean)",
+    "#060606": "var(--floor-kmer)",
+}
+_TEXT, _GRID, _TRAIN, _HELD, _MEAN, _KMER = _INK
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 9.5,
+    "text.color": _TEXT,
+    "axes.labelcolor": _TEXT,
+    "axes.edgecolor": _GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _TEXT,
+    "ytick.labelcolor": _TEXT,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-4, 7),
+    "axes.formatter.use_mathtext": False,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Figure:
+    title: str
+    caption: str
+    wide: bool
+    svg: markupsafe.Markup
+
+
+def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[Any, Any]:
+    """At most _MOST_POINTS points, each the mean of its neighbours."""
+    x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+    pieces = min(len(x), _MOST_POINTS)
+    if pieces < len(x):
+        x = np.array([part.mean() for part in np.array_split(x, pieces)])
+        y = np.array([part.mean() for part in np.array_split(y, pieces)])
+    return x, y
+
+
+def _series(ax: Axes, rows: Sequence[Row], key: str, *, held: bool, label: str) -> None:
+    kept = [row for row in rows if _numbers(row, "step", key)]
+    if not kept:
+        return
+    x, y = _thin([row["step"] for row in kept], [row[key] for row in kept])
+    if held:
+        ax.plot(x, y, color=_HELD, label=label, lw=1.6, marker="o", ms=4.5, zorder=4)
+    else:
+        marker = "o" if len(x) <= 40 else ""
+        ax.plot(x, y, color=_TRAIN, label=label, lw=1.4, marker=marker, ms=3.0, zorder=3)
+
+
+def _floor(ax: Axes, floors: Row | None, key: str, colour: str, label: str) -> None:
+    if floors is not None and _numbers(floors, key):
+        dashes = (5, 2) if colour == _KMER else (1.5, 1.5)
+        ax.axhline(floors[key], color=colour, lw=1.5, dashes=dashes, label=label, zorder=2)
+
+
+def _figure(
+    name: str,
+    title: str,
+    caption: str,
+    draw: Callable[[Sequence[Axes]], None],
+    *,
+    rows: int = 1,
+    columns: int = 1,
+) -> _Figure:
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(5.6 * columns, 3.4 if columns == 1 else 2.6), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+        for ax in axes:
+            ax.patch.set_alpha(0)
+        draw(axes)
+        for ax in axes[-columns:]:
+            ax.set_xlabel("step")
+            ax.set_xlim(left=0)
+        if len(axes) == 1 and len(axes[0].get_legend_handles_labels()[1]) > 1:
+            # Outside, so that it never lies on what it explains.
+            figure.legend(loc="outside upper left", ncols=2)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    for stand_in, colour in _INK.items():
+        svg = svg.replace(stand_in, colour)
+    # Several figures share one page, so every id takes the figure's name.
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    opening = f'<svg role="img" aria-label="{markupsafe.escape(title)}" '
+    return _Figure(
+        title=title,
+        caption=caption,
+        wide=columns > 1,
+        svg=markupsafe.Markup(svg.replace("<svg ", opening, 1)),
+    )
+
+
+def _figures(record: RunRecord) -> list[_Figure]:
+    train, held, floors = record.train, record.validation, record.floors
+    if not train:
+        return []
+
+    def both(ax: Axes, key: str) -> None:
+        _series(ax, train, key, held=False, label="training batches")
+        _series(ax, held, key, held=True, label="held out")
+
+    def loss(axes: Sequence[Axes]) -> None:
+        both(axes[0], "loss")
+        axes[0].set_ylabel("total loss")
+
+    def align(axes: Sequence[Axes]) -> None:
+        both(axes[0], "align")
+        _floor(axes[0], floors, "mean_align", _MEAN, "floor: the mean")
+        _floor(axes[0], floors, "kmer_align", _KMER, "floor: k-mer table")
+        axes[0].set_ylabel("mean squared error")
+
+    def cosine(axes: Sequence[Axes]) -> None:
+        both(axes[0], "cosine")
+        _floor(axes[0], floors, "mean_cosine", _MEAN, "floor: the mean")
+        _floor(axes[0], floors, "kmer_cosine", _KMER, "floor: k-mer table")
+        axes[0].set_ylabel("cosine")
+
+    def reconstruct(axes: Sequence[Axes]) -> None:
+        both(axes[0], "reconstruct")
+        key = "base_frequency_cross_entropy"
+        _floor(axes[0], floors, key, _MEAN, "floor: base frequencies")
+        axes[0].set_ylabel("cross-entropy, nats")
+
+    def accuracy(axes: Sequence[Axes]) -> None:
+        both(axes[0], "accuracy")
+        _floor(axes[0], floors, "base_frequency_accuracy", _MEAN, "floor: the commonest base")
+        axes[0].set_ylabel("share right")
+
+    def rate(axes: Sequence[Axes]) -> None:
+        for ax, key, label in zip(
+            axes, ("lr", "grad_norm"), ("learning rate", "gradient norm"), strict=True
+        ):
+            _series(ax, train, key, held=False, label=label)
+            ax.set_ylabel(label)
+            ax.set_ylim(bottom=0)
+
+    def speed(axes: Sequence[Axes]) -> None:
+        _series(axes[0], train, "bases_per_second", held=False, label="bases a second")
+        axes[0].set_ylabel("bases a second")
+        _series(axes[1], train, "wait_share", held=False, label="waiting for data")
+        axes[1].set_ylabel("share waiting")
+        for ax in axes:
+            ax.set_ylim(bottom=0)
+        axes[1].set_ylim(top=max(0.05, axes[1].get_ylim()[1]))
+
+    thinned = len(train) > _MOST_POINTS
+    note = f" Lines of metrics are averaged to {_MOST_POINTS} points." if thinned else ""
+    return [
+        _figure("loss", "Loss", "The weighted sum of both terms." + note, loss),
+        _figure(
+            "align",
+            "Alignment with the teacher",
+            "Error on visible k-mers; lower is better. The mean predictor knows nothing of the "
+            "sequence, the k-mer table nothing of context.",
+            align,
+        ),
+        _figure(
+            "reconstruct",
+            "Reconstruction of masked bases",
+            "Lower is better. Base frequencies are what a model without any context can reach.",
+            reconstruct,
+        ),
+        _figure("accuracy", "Masked bases named correctly", "Higher is better.", accuracy),
+        _figure(
+            "cosine",
+            "Cosine with the teacher's embeddings",
+            "Higher is better; read it beside its floors, which start far above 0.",
+            cosine,
+        ),
+        _figure("rate", "Learning rate and gradient", "The norm is before clipping.", rate, rows=2),
+        _figure(
+            "speed",
+            "Speed, and time spent waiting for data",
+            "Since the line of metrics before. A share near 0 means that reading never held up "
+            "training.",
+            speed,
+            columns=2,
+        ),
+    ]
+
+
+# Tables
+
+
+def _facts(*pairs: tuple[str, object]) -> list[tuple[str, str]]:
+    """The pairs that say something, as text."""
+    return [(name, str(value)) for name, value in pairs if value not in (None, "", {}, [])]
+
+
+def _run_facts(record: RunRecord) -> list[tuple[str, str]]:
+    run, train = record.run, record.train
+    kernel = run.get("kernel") or {}
+    told = _facts(
+        ("steps", f"{record.step:,} of {record.steps:,}"),
+        ("time in training", _duration(train[-1]["seconds"]) if train else None),
+        ("epochs", f"{train[-1]['epoch']:.2f}" if train and _numbers(train[-1], "epoch") else None),
+    )
+    # The first line pays for the start of the threads and the kernels.
+    steady = train[1:] or train
+    for name, key in (
+        ("windows a second, median", "windows_per_second"),
+        ("k-mers a second, median", "kmers_per_second"),
+        ("bases a second, median", "bases_per_second"),
+    ):
+        found = [row[key] for row in steady if _numbers(row, key)]
+        if found:
+            told.append((name, _round(statistics.median(found))))
+    waits = [row["wait_share"] for row in steady if _numbers(row, "wait_share")]
+    if waits:
+        told.append(("waiting for data, median", _percent(statistics.median(waits))))
+    return told + _facts(
+        ("device", run.get("device")),
+        ("delta-rule kernel", kernel.get("name")),
+        ("why this kernel", kernel.get("reason")),
+    )
+
+
+def _student_facts(record: RunRecord) -> list[tuple[str, str]]:
+    student = record.run.get("student", {})
+    config = student.get("config", {})
+    parameters, others = student.get("parameters"), record.run.get("objective_parameters")
+    return _facts(
+        ("parameters", f"{parameters:,}" if parameters else None),
+        ("besides, while training", f"{others:,} (projection and decoder)" if others else None),
+    ) + _facts(*((key.replace("_", " "), value) for key, value in _scalars(config)))
+
+
+def _cache_facts(cache: Mapping[str, Any]) -> list[tuple[str, str]]:
+    plan = cache.get("plan", {})
+    teacher, windows = plan.get("teacher", {}), plan.get("windows", {})
+    told = _facts(
+        ("cache id", cache.get("id")),
+        ("teacher", teacher.get("name")),
+        ("revision", teacher.get("revision")),
+        ("weights SHA-256", teacher.get("weights_sha256")),
+        ("layer", teacher.get("layer")),
+        ("sees at masked k-mers", teacher.get("input")),
+        ("channels", teacher.get("channels")),
+    )
+    for genome in plan.get("genomes", ()):
+        told += _facts(
+            ("genome", f"{genome['name']}, {genome['bases']:,} bases"),
+            ("genome digest", genome.get("digest")),
+        )
+    if windows:
+        told += _facts(
+            ("window", f"{windows['bases']:,} bases, every {windows['stride']:,}"),
+            ("masked", f"{windows['masked']} of {windows['kmers']} k-mers"),
+            ("stored", f"{windows['stored']} k-mers a window ({windows['store']})"),
+        )
+    for name, split in plan.get("splits", {}).items():
+        views = len(split.get("views", ()))
+        told.append((f"split {name}", f"{split['windows']:,} windows, {_count(views, 'view')}"))
+    told += _facts(("codec", plan.get("codec")))
+    told += [
+        (f"fidelity: {key.replace('_', ' ')}", _round(value) if _number(value) else str(value))
+        for key, value in _scalars(cache.get("fidelity") or {})
+    ]
+    return told + _facts(
+        ("licence", plan.get("licence")), ("reason for this licence", plan.get("licence_reason"))
+    )
+
+
+def _scalars(table: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        (key, value)
+        for key, value in table.items()
+        if value is None or isinstance(value, str | int | float)
+    ]
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _recipe_text(recipe: Mapping[str, Any]) -> str:
+    """The recipe as it would be written: one table after another."""
+    lines: list[str] = []
+    for name, section in recipe.items():
+        for table in section if isinstance(section, list) else [section]:
+            if not isinstance(table, dict):
+                continue
+            lines += ["", f"[[{name}]]" if isinstance(section, list) else f"[{name}]"]
+            lines += [
+                f"{key} = {json.dumps(value, ensure_ascii=False)}"
+                for key, value in table.items()
+                if value is not None
+            ]
+    return "\n".join(lines).strip()
+
+
+_FIGURES = ("loss", "align", "cosine", "reconstruct", "accuracy")
+_FLOORS = {
+    "the mean": {"align": "mean_align", "cosine": "mean_cosine"},
+    "k-mer table": {"align": "kmer_align", "cosine": "kmer_cosine"},
+    "base frequencies": {
+        "reconstruct": "base_frequency_cross_entropy",
+        "accuracy": "base_frequency_accuracy",
+    },
+}
+
+
+def _comparison(record: RunRecord) -> list[tuple[str, list[str]]]:
+    """First and last figures beside the floors: rows of one small table."""
+
+    def cells(row: Row, keys: Mapping[str, str] | None = None) -> list[str]:
+        shown = []
+        for name in _FIGURES:
+            key = name if keys is None else keys.get(name, "")
+            shown.append(f"{row[key]:.4f}" if _numbers(row, key) else "")
+        return shown
+
+    table = []
+    if record.train:
+        first, last = record.train[0], record.train[-1]
+        table.append((f"training, step {first['step']:,}", cells(first)))
+        if last is not first:
+            table.append((f"training, step {last['step']:,}", cells(last)))
+    for row in record.validation[-1:]:
+        table.append((f"held out, step {row['step']:,}", cells(row)))
+    if record.floors is not None:
+        for name, keys in _FLOORS.items():
+            table.append((f"floor: {name}", cells(record.floors, keys)))
+    return table
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _round(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _render(record: RunRecord) -> str:
+    run = record.run
+    template = files("had_pipe").joinpath("report.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    caches = run.get("caches", [])
+    teachers = sorted(
+        {cache.get("plan", {}).get("teacher", {}).get("name", "") for cache in caches}
+    )
+    return environment.from_string(template).render(
+        name=record.folder.resolve().name,
+        version=__version__,
+        teachers=[teacher for teacher in teachers if teacher],
+        finished=record.step >= record.steps,
+        progress=f"{record.step:,} of {record.steps:,} steps",
+        verdicts=verdicts(record),
+        figures=_figures(record),
+        columns=_FIGURES,
+        comparison=_comparison(record),
+        run_facts=_run_facts(record),
+        student_facts=_student_facts(record),
+        caches=[_cache_facts(cache) for cache in caches],
+        recipe=_recipe_text(run.get("recipe", {})),
+        versions=_facts(*(run.get("versions") or {}).items()),
+    )
