@@ -57,7 +57,7 @@ class Contig:
     base: npt.NDArray[np.uint8]
     """(L,) codes 0-3 for A, C, G, T; OTHER for the rest."""
     soft_masked: npt.NDArray[np.bool_]
-    """(L,) lower case in the file."""
+    """(L,) lower-case a, c, g, t in the file. (2bit readers do not tell n from N.)"""
     digest: str
     """GA4GH refget: "SQ." and sha512t24u of the upper-cased sequence."""
     other: Mapping[str, int]
@@ -130,7 +130,7 @@ def _contig(name: str, raw: bytes) -> Contig:
     return Contig(
         name=name,
         base=code,
-        soft_masked=np.frombuffer(raw, dtype=np.uint8) >= ord("a"),
+        soft_masked=(np.frombuffer(raw, dtype=np.uint8) >= ord("a")) & (code != OTHER),
         digest="SQ." + _sha512t24u(raw.upper()),
         other={letter: count for letter, count in sorted(other.items()) if count},
     )
@@ -219,8 +219,9 @@ def _check_fasta_start(path: Path) -> None:
 def _fasta_contigs(path: Path) -> Iterator[Contig]:
     dnaio = _library("dnaio", "FASTA files")
     seen: dict[str, int] = {}
-    with _open(path) as stream:
-        records = iter(dnaio.FastaReader(stream))
+    # dnaio's own opener would accept other packings and a file that is cut.
+    with dnaio.FastaReader(str(path), opener=lambda name, mode: _open(Path(name))) as reader:
+        records = iter(reader)
         while True:
             ordinal = len(seen)
             try:
@@ -246,8 +247,8 @@ def _fasta_contigs(path: Path) -> Iterator[Contig]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines, stripped as the FASTA reader strips them; any byte is a character."""
-    with _open(path) as stream:
-        for line, text in enumerate(io.TextIOWrapper(stream, encoding="latin-1"), start=1):
+    with io.TextIOWrapper(_open(path), encoding="latin-1") as lines:
+        for line, text in enumerate(lines, start=1):
             yield line, text.strip()
 
 
@@ -290,14 +291,17 @@ def _refuse_letter(path: Path, ordinal: int, name: str) -> NoReturn:
 
 
 def _refuse_encoding(path: Path, ordinal: int) -> NoReturn:
-    for line, text in _record_lines(path, ordinal):
-        if not text.isascii():
+    """Name the first byte beyond ASCII; text is decoded ahead, so it may be in a later record."""
+    current = -1
+    for line, text in _lines(path):
+        current += text.startswith(">")
+        if current >= ordinal and not text.isascii():
             letter = next(letter for letter in text if not letter.isascii())
             raise InputError(
-                f"{path}: record number {ordinal + 1}, line {line}: byte 0x{ord(letter):02x} is "
+                f"{path}: record number {current + 1}, line {line}: byte 0x{ord(letter):02x} is "
                 "not ASCII; expected plain ASCII text"
             )
-    raise InputError(f"{path}: record number {ordinal + 1}: not ASCII text, as FASTA must be")
+    raise AssertionError("the file was refused for a byte it does not hold")
 
 
 def _explain_letter(letter: str) -> str:
@@ -362,13 +366,12 @@ def _check_2bit(path: Path) -> dict[str, int]:
         at = 16
         for _ in range(records):
             letters = _bytes(path, data, at, 1)[0]
-            try:
-                name = _bytes(path, data, at + 1, letters).decode("ascii")
-            except UnicodeDecodeError:
+            name = _bytes(path, data, at + 1, letters).decode("latin-1")
+            if not (name and name.isascii() and name.isprintable()):
                 raise InputError(
-                    f"{path}: record number {len(lengths) + 1}: its name is not ASCII; "
+                    f"{path}: record number {len(lengths) + 1}: {name!r} is no name; "
                     "the file is damaged: copy it again"
-                ) from None
+                )
             (offset,) = _words(path, data, at + 1 + letters, 1)
             at += 5 + letters
             if name in lengths:
