@@ -230,7 +230,7 @@ def test_windows_are_gathered_in_any_order() -> None:
         base_windows(contig, np.array([7]), 4)
 
 
-@pytest.mark.parametrize("stride", [100, 510, 1_000])
+@pytest.mark.parametrize("stride", [1, 100, 510, 1_000])
 def test_soft_masked_shares_are_exact_on_long_contigs(stride: int) -> None:
     bits = np.random.Philox(3).random_raw(20_000)
     text = "".join("ACGTacgt"[int(b >> np.uint64(61))] for b in bits)

@@ -2,7 +2,7 @@
 
 Reading is strict: what the usual readers skip, cut or keep silently (duplicate names, empty
 records, FASTQ, proteins, NUL, spaces, a bgzip file without its end) is refused with file, record
-and line. One contig is in memory at a time, at about five bytes a base while a FASTA record is
+and line. One contig is in memory at a time, at about six bytes a base while a FASTA record is
 taken in and two afterwards. The identity of a genome is its GA4GH digest, which ignores case and
 file format: a FASTA and the 2bit made from it have the same.
 
