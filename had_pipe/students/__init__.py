@@ -1,0 +1,16 @@
+"""Students: small models, a feature a base; importing this tells transformers' Auto classes."""
+
+from had_pipe.students.delta_rule import Kernel, gated_delta_rule, kernel
+from had_pipe.students.had import HADConfig, HADForMaskedLM, HADModel
+from had_pipe.students.tokenizer import HADTokenizer, spell
+
+__all__ = [
+    "HADConfig",
+    "HADForMaskedLM",
+    "HADModel",
+    "HADTokenizer",
+    "Kernel",
+    "gated_delta_rule",
+    "kernel",
+    "spell",
+]

@@ -1,0 +1,227 @@
+"""The two losses against a few lines of NumPy, and what must not leak between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from had_pipe.dna import kmers
+from had_pipe.objectives import HADObjective, Losses
+from had_pipe.students import HADConfig, HADModel, spell
+
+B, T, M, D, E = 3, 20, 3, 10, 16
+V = T - M
+
+
+def a_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    feat_BSE = torch.randn(B, 6 * T, E, generator=random)
+    kmer_id_BT = torch.randint(0, 4096, (B, T), generator=random)
+    mask_BT = torch.from_numpy(
+        kmers.group_masks(seed=seed, view=0, first=0, windows=B, kmers=T, masked=M)
+    )
+    target_BVD = 3 * torch.randn(B, V, D, generator=random) + 1
+    return feat_BSE, kmer_id_BT, mask_BT, target_BVD
+
+
+def an_objective(**settings: Any) -> HADObjective:
+    torch.manual_seed(0)
+    objective = HADObjective(hidden_size=E, channels=D, decoder_heads=2, **settings)
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return objective
+
+
+def weights(objective: HADObjective) -> dict[str, np.ndarray]:
+    return {n: w.detach().double().numpy() for n, w in objective.named_parameters()}
+
+
+def projected(objective: HADObjective, feat_BSE: Tensor, mask_BT: Tensor) -> np.ndarray:
+    p = weights(objective)
+    feat_BTE = feat_BSE.double().numpy().reshape(B, T, 6, E).mean(2)
+    visible_BVE = np.stack([f[~m] for f, m in zip(feat_BTE, mask_BT.numpy(), strict=True)])
+    return visible_BVE @ p["projection.weight"].T + p["projection.bias"]
+
+
+def rms(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def chances(objective: HADObjective, feat_SE: np.ndarray, hidden_S: np.ndarray) -> np.ndarray:
+    """Probabilities of A, C, G, T at the hidden bases of one window."""
+    p = {n.removeprefix("decoder."): w for n, w in weights(objective).items()}
+    query = rms(feat_SE[hidden_S], p["query_norm.weight"]) @ p["attention.q.weight"].T
+    memory = rms(feat_SE[~hidden_S], p["memory_norm.weight"]) @ p["attention.kv.weight"].T
+    heads = []
+    for h in (slice(0, E // 2), slice(E // 2, E)):
+        key, value = memory[:, :E][:, h], memory[:, E:][:, h]
+        heads.append(softmax(query[:, h] @ key.T / np.sqrt(E / 2)) @ value)
+    read = np.concatenate(heads, axis=1) @ p["attention.out.weight"].T
+    logits = rms(feat_SE[hidden_S] + read, p["norm.weight"]) @ p["head.weight"].T
+    return softmax(logits + p["head.bias"])
+
+
+def test_alignment_equals_numpy() -> None:
+    objective, (feat, kmer_id, mask, target) = an_objective(), a_batch()
+    losses = objective(feat, kmer_id, mask, target)
+    found, t = projected(objective, feat, mask), target.double().numpy()
+    assert float(losses.align) == pytest.approx(((found - t) ** 2).mean(), rel=1e-5)
+    cosine = (found * t).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(t, axis=-1)
+    assert float(losses.cosine) == pytest.approx(cosine.mean(), rel=1e-4)
+    with torch.no_grad():
+        rows = objective.predictions(feat, mask, visible=V)
+    np.testing.assert_allclose(rows.numpy(), found, rtol=1e-4, atol=1e-5)
+
+
+def test_reconstruction_equals_numpy() -> None:
+    objective, (feat, kmer_id, mask, target) = an_objective(), a_batch()
+    losses = objective(feat, kmer_id, mask, target)
+    base_BS = kmers.decode_kmers(kmer_id.numpy().astype(np.uint16))
+    hidden_BS = mask.numpy().repeat(6, axis=1)
+    right, nats = [], []
+    for f, base_S, hidden_S in zip(feat.double().numpy(), base_BS, hidden_BS, strict=True):
+        chance = chances(objective, f, hidden_S)
+        nats += list(-np.log(chance[np.arange(6 * M), base_S[hidden_S]]))
+        right += list(chance.argmax(1) == base_S[hidden_S])
+    assert float(losses.reconstruct) == pytest.approx(np.mean(nats), rel=1e-5)
+    assert float(losses.accuracy) == pytest.approx(np.mean(right))
+
+
+def test_the_total_weighs_both() -> None:
+    batch = a_batch()
+    losses = an_objective(align=0.5, reconstruct=2.0)(*batch)
+    assert float(losses.total.detach()) == pytest.approx(
+        0.5 * float(losses.align) + 2 * float(losses.reconstruct), rel=1e-6
+    )
+    assert losses.total.requires_grad
+    assert not losses.align.requires_grad
+
+
+@pytest.mark.parametrize("off", ["align", "reconstruct"])
+def test_a_term_of_weight_zero_has_no_weights_and_no_figure(off: str) -> None:
+    objective = an_objective(**{off: 0.0})
+    losses = objective(*a_batch())
+    absent = {"align": losses.align, "reconstruct": losses.reconstruct}[off]
+    present = {"align": losses.reconstruct, "reconstruct": losses.align}[off]
+    assert bool(torch.isnan(absent))
+    assert float(losses.total.detach()) == pytest.approx(float(present))
+    gone = {"align": "projection", "reconstruct": "decoder"}[off]
+    assert not any(n.startswith(gone) for n, _ in objective.named_parameters())
+
+
+def test_normalised_targets_are_compared_in_units_of_each_channel() -> None:
+    feat, kmer_id, mask, target = a_batch()
+    mean, std = torch.linspace(-1, 1, D), torch.linspace(0.5, 4, D)
+    std[3] = 0.0  # a channel that never varies
+    objective = an_objective(target="normalised", mean_D=mean, std_D=std)
+    losses = objective(feat, kmer_id, mask, target)
+    unit = np.where(std.numpy() > 0, std.numpy(), 1)
+    found = projected(objective, feat, mask)
+    wanted = (target.double().numpy() - mean.numpy()) / unit
+    assert float(losses.align) == pytest.approx(((found - wanted) ** 2).mean(), rel=1e-5)
+    with torch.no_grad():
+        rows = objective.predictions(feat, mask, visible=V)
+    np.testing.assert_allclose(rows.numpy(), found * unit + mean.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_decoder_reads_visible_features_and_its_own_query_alone() -> None:
+    objective, (feat, kmer_id, mask, target) = an_objective(), a_batch()
+    feat.requires_grad_()
+    hidden_BS = mask.repeat_interleave(6, dim=1)
+    assert objective.decoder is not None
+    query = feat[hidden_BS].view(B, 6 * M, E)
+    memory = feat[~hidden_BS].view(B, 6 * V, E)
+    logits = objective.decoder(query, memory)
+    (gradient,) = torch.autograd.grad(logits[0, 0].sum(), feat)
+    heard_BS = gradient.abs().amax(-1) > 0
+    expected_BS = torch.zeros_like(heard_BS)
+    expected_BS[0] = ~hidden_BS[0]
+    expected_BS[0, int(hidden_BS[0].nonzero()[0])] = True
+    assert torch.equal(heard_BS, expected_BS)
+    # The loss feeds the decoder those same rows, in that order.
+    losses = objective(feat, kmer_id, mask, target)
+    base_BQ = torch.from_numpy(
+        kmers.decode_kmers(kmer_id.numpy().astype(np.uint16)).astype(np.int64)
+    )[hidden_BS]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), base_BQ)
+    torch.testing.assert_close(losses.reconstruct, expected.detach())
+
+
+def test_alignment_hears_visible_groups_alone() -> None:
+    objective, (feat, kmer_id, mask, target) = an_objective(reconstruct=0.0), a_batch()
+    feat.requires_grad_()
+    objective(feat, kmer_id, mask, target).total.backward()
+    assert feat.grad is not None
+    assert torch.equal(feat.grad.abs().amax(-1) > 0, ~mask.repeat_interleave(6, dim=1))
+
+
+def a_student() -> HADModel:
+    torch.manual_seed(0)
+    shape = {"gdn_heads": 2, "head_dim": 8, "attention_heads": 2, "mlp": 32}
+    return HADModel(HADConfig(hidden_size=E, layers=2, **shape))
+
+
+def test_what_is_masked_never_reaches_the_student() -> None:
+    student, (_, kmer_id, mask, target) = a_student(), a_batch()
+    other = torch.where(mask, 4095 - kmer_id, kmer_id)
+    assert not torch.equal(other, kmer_id)
+    objective = an_objective()
+
+    def run(kmer_id_BT: Tensor) -> tuple[Tensor, Losses]:
+        with torch.no_grad():
+            feat = student(spell(kmer_id_BT, mask)).last_hidden_state
+            return feat, objective(feat, kmer_id_BT, mask, target)
+
+    (feat, losses), (feat_other, losses_other) = run(kmer_id), run(other)
+    assert torch.equal(feat, feat_other)
+    assert float(losses.align) == float(losses_other.align)
+    assert float(losses.reconstruct) != float(losses_other.reconstruct)
+
+
+def test_masks_that_do_not_fit_the_targets_are_caught() -> None:
+    feat, kmer_id, mask, target = a_batch()
+    mask[0] = ~mask[0]
+    with pytest.raises(AssertionError, match="masks and targets"):
+        an_objective()(feat, kmer_id, mask, target)
+
+
+def test_gradients_reach_every_parameter() -> None:
+    student, objective = a_student(), an_objective()
+    _, kmer_id, mask, target = a_batch()
+    feat = student(spell(kmer_id, mask)).last_hidden_state
+    objective(feat, kmer_id, mask, target).total.backward()
+    for name, parameter in [*student.named_parameters(), *objective.named_parameters()]:
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.abs().max()) > 0, name
+
+
+def test_forty_steps_on_one_batch_learn_it() -> None:
+    student = a_student().train()
+    torch.manual_seed(0)
+    objective = HADObjective(hidden_size=E, channels=D, decoder_heads=2)
+    _, kmer_id, mask, target = a_batch()
+    optimizer = torch.optim.AdamW([*student.parameters(), *objective.parameters()], lr=1e-2)
+    course = []
+    for _ in range(40):
+        feat = student(spell(kmer_id, mask)).last_hidden_state
+        losses = objective(feat, kmer_id, mask, target)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+        course.append(losses)
+    first, last = course[0], course[-1]
+    # Nothing is known at first: four bases alike, and no embedding.
+    assert float(first.reconstruct) == pytest.approx(np.log(4), abs=0.05)
+    assert float(last.reconstruct) < 0.9 * float(first.reconstruct)
+    assert float(last.align) < 0.85 * float(first.align)
+    assert float(last.cosine) > float(first.cosine) + 0.2
