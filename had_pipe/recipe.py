@@ -38,13 +38,18 @@ def _path(value: object, info: ValidationInfo) -> Path:
     if not isinstance(value, str) or not value:
         raise ValueError("must be a path in quotes")
     folder: Path = (info.context or {}).get("folder", Path())
-    return (folder / Path(value).expanduser()).resolve()
+    try:
+        return (folder / Path(value).expanduser()).resolve()
+    except RuntimeError as error:  # an unknown ~user, or links in a circle
+        raise ValueError(f"must be a path that can be followed: {error}") from error
 
 
 RecipePath = Annotated[Path, BeforeValidator(_path)]
 
 Splits = Path | Mapping[str, tuple[str, ...] | float]
 """A BED file; contig names by split; or {"blocks": bases, split: share, ...}."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
@@ -71,6 +76,8 @@ def _splits(value: object, info: ValidationInfo) -> Splits:
     blocks = value["blocks"]
     if not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1:
         raise ValueError(f"blocks = {blocks!r}: must be a number of bases")
+    if not names:
+        raise ValueError("blocks without a split: add the share of one, such as valid = 0.1")
     shares = [value[name] for name in names]
     if not all(isinstance(s, float) and 0 < s < 1 for s in shares) or not 0 < sum(shares) < 1:
         raise ValueError("the share of each split must be between 0 and 1, and all below 1")
@@ -141,17 +148,17 @@ class Genome(Section):
     exclude: RecipePath | None = None
     """BED: no window that touches these regions."""
     sensitive: bool = False
-    """True for a controlled-access genome: the cache holds its k-mers, so it is not to be shared."""
+    """True for a controlled-access genome: the cache holds its k-mers and must not be shared."""
 
 
 class Windows(Section):
     """`[windows]`: what one example is, and how often and how it is seen."""
 
-    bases: Annotated[int, Field(gt=0)]
+    bases: Annotated[int, Field(gt=0, le=2**20)]
     """Length of a window, a multiple of 6."""
-    stride: Annotated[int, Field(gt=0)]
+    stride: Annotated[int, Field(gt=0, le=2**40)]
     """Distance between window starts, in bases."""
-    views: Annotated[int, Field(gt=0)] = 1
+    views: Annotated[int, Field(gt=0, le=2**20)] = 1
     """Fresh masks and strands of each training window; epoch e reads view e mod views."""
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of groups masked; their number is rounded half up and equal in every window."""
@@ -159,7 +166,7 @@ class Windows(Section):
     """Which groups' embeddings are kept."""
     reverse_complement: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of windows a view sees on the other strand."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of masks, strands, order and block splits."""
 
     @field_validator("bases")
@@ -205,7 +212,7 @@ class Cache(Section):
     """The cache's folder."""
     codec: Literal["int8", "exact"] = "int8"
     """`int8`: channel-normalised, one scale a token; `exact`: the teacher's own bits."""
-    part: Annotated[int, Field(gt=0)] = 1024
+    part: Annotated[int, Field(gt=0, le=2**20)] = 1024
     """Windows in a part: one shard, one receipt, one unit of resume."""
     statistics: RecipePath | None = None
     """Another cache whose channel mean and std are used, so that both share one space."""
@@ -289,7 +296,7 @@ class Train(Section):
     """Largest global gradient norm."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the student; bfloat16 is autocast with float32 weights."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the student's first weights and of the order of windows."""
     log_every: Annotated[int, Field(gt=0)] = 10
     """Steps between lines of metrics."""
@@ -403,6 +410,8 @@ def _explain(fault: ErrorDetails, tables: Mapping[str, Any]) -> str:
         if not key or isinstance(value, (dict, list)):
             return f"{table}{key + ': ' if key else ''}{message}"
         return f"{table}{key} = {_show(value)}: {message}"
+    if table and not key:
+        return f"{table}must be {_requirement(fault)}: write [[{location[0]}]]"
     return f"{table}{key} = {_show(value)}: must be {_requirement(fault)}"
 
 
