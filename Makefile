@@ -1,0 +1,82 @@
+# make demo   a real genome in, a cache, a student, a page: minutes on two cores
+# make test   the test suite; test-slow, lint, types, docs, clean
+#
+# The first target that needs it makes .venv from constraints.txt. PYTHON=... chooses the Python.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types docs clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+RECIPE := pipelines/demo/demo.toml
+PYTEST_ARGS ?=
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@python="$(PYTHON)"; \
+	for candidate in python3.11 python3.12 python3.13 python3; do \
+	  if [ -z "$$python" ] && "$$candidate" -c '$(SUPPORTED)' 2>/dev/null; then \
+	    python="$$candidate"; \
+	  fi; \
+	done; \
+	if [ -z "$$python" ] || ! "$$python" -c '$(SUPPORTED)'; then \
+	  echo "make: found $$("$${python:-python3}" --version 2>&1 || echo no Python);" \
+	    "had-pipe needs Python 3.11, 3.12 or 3.13: install one, or name it: make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; \
+	fi; \
+	if ! [ -x $(BIN)/python ]; then \
+	  "$$python" -m venv $(VENV) || { echo "make: $$python cannot make a virtual environment;" \
+	    "on Debian and Ubuntu install its -venv package" >&2; rm -rf $(VENV); exit 1; }; \
+	fi
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt hatchling editables
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+	  --editable '.[extract,dev]'
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+	  --editable '.[extract,dev,docs]'
+	@touch $@
+
+# Each verb says when nothing is left to do, so a second `make demo` redoes nothing.
+demo: $(INSTALLED)
+	@told="$$(mktemp -d)"; trap 'rm -rf "$$told"' EXIT; \
+	export PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	run() { printf '\n$$ had-pipe %s\n' "$$*"; command had-pipe "$$@"; }; \
+	run plan $(RECIPE); \
+	run extract-teacher $(RECIPE) | tee "$$told/extract"; \
+	run cache inspect cache/demo; \
+	run cache verify cache/demo; \
+	run distill $(RECIPE) | tee "$$told/distill"; \
+	run report runs/demo | tee "$$told/report"; \
+	printf '\nWhat was made\n'; \
+	for verb in extract distill; do sed -e '/^\$$ /d' -e '/^$$/d' -e '/^next /d' "$$told/$$verb"; done; \
+	grep '^page ' "$$told/report"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not soak" $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m "slow and not soak" $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+docs: $(DOCS_INSTALLED)
+	$(BIN)/mkdocs build --strict
+
+# What was computed stays: caches and runs are removed by hand.
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
