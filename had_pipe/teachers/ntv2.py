@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from had_pipe.dna.kmers import K, KMERS, decode_kmers
+from had_pipe.dna.kmers import KMERS, K, decode_kmers
 from had_pipe.errors import InputError
 
 CONFIG_FILE = "config.json"
@@ -153,7 +153,8 @@ class Block(nn.Module):
         )
         x_WTD = x_WTD + self.attention_out(mixed.transpose(1, 2).reshape(windows, tokens, d))
         gate, value = self.up(self.norm_mlp(x_WTD).to(dtype)).chunk(2, dim=-1)
-        return x_WTD + self.down(F.silu(gate) * value)
+        mlp_WTD: Tensor = self.down(F.silu(gate) * value)
+        return x_WTD + mlp_WTD
 
 
 class LanguageHead(nn.Module):
@@ -207,7 +208,7 @@ class NTv2(nn.Module):
         return self.head(feat)  # type: ignore[no-any-return]
 
     def compute_in(self, dtype: torch.dtype) -> NTv2:
-        """Hold the matrices of the products in `dtype`; norms, angles and residuals stay float32."""
+        """Hold the matrices of products in `dtype`; norms, angles and residuals stay float32."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
@@ -316,8 +317,8 @@ def read_config(folder: Path) -> NTv2Config:
         )
     if config.vocab_size < _FIRST_KMER_TOKEN + KMERS:
         raise InputError(
-            f"{path}: vocab_size is {config.vocab_size}, too few for {KMERS:,} 6-mers and 6 special "
-            "tokens; name an NT-v2 checkpoint."
+            f"{path}: vocab_size is {config.vocab_size}, too few for {KMERS:,} 6-mers and 6 "
+            "special tokens; name an NT-v2 checkpoint."
         )
     if config.max_position_embeddings < 4:
         raise InputError(
@@ -475,8 +476,8 @@ def save_checkpoint(
     }
     # A reader finds the old weights or the new ones, never half a file.
     aside = folder / f".{WEIGHT_FILES[0]}.{os.getpid()}"
-    safetensors.torch.save_file(tensors, aside, metadata={"format": "pt"})
-    os.replace(aside, folder / WEIGHT_FILES[0])
+    aside.write_bytes(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    aside.replace(folder / WEIGHT_FILES[0])
     (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
@@ -526,9 +527,10 @@ class NTv2Teacher:
         self._token_of_kmer = torch.from_numpy(TOKEN_OF_KMER).to(device)
 
     def embed(self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_]) -> Tensor:
-        """Features (W, T, D) on the teacher's device; `hidden_WT` is True where it sees `<mask>`."""
+        """Features (W, T, D) on the teacher's device, `<mask>` where `hidden_WT` is True."""
         windows, kmers = kmer_id_WT.shape
-        assert hidden_WT.shape == (windows, kmers) and 1 <= kmers <= self.context
+        assert hidden_WT.shape == (windows, kmers)
+        assert 1 <= kmers <= self.context
         assert kmer_id_WT.size == 0 or int(kmer_id_WT.max()) < KMERS
         with torch.inference_mode():
             kmer_id = torch.from_numpy(kmer_id_WT.astype(np.int64)).to(self._device)

@@ -1,0 +1,233 @@
+"""What a teacher is, and how one is loaded by name.
+
+Nothing here imports torch before a teacher is loaded: the protocol asks only for arrays, so that
+anything that maps k-mer ids to vectors can stand in.
+
+W windows, T k-mers, D channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from had_pipe.errors import InputError, NetworkError, RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NT_LICENCE = "CC-BY-NC-SA-4.0"
+_SPDX = {
+    name.lower(): name
+    for name in (
+        "Apache-2.0",
+        "BSD-3-Clause",
+        "CC-BY-4.0",
+        "CC-BY-NC-4.0",
+        "CC-BY-NC-SA-4.0",
+        "CC-BY-SA-4.0",
+        "CC0-1.0",
+        "GPL-3.0",
+        "MIT",
+    )
+}
+
+
+class Teacher(Protocol):
+    """A frozen model that turns k-mers into vectors."""
+
+    @property
+    def name(self) -> str:
+        """As in the recipe: a hub name, or a folder's own name without the path to it."""
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a hub name, 40 hexadecimal digits; None for a folder."""
+
+    @property
+    def weights_sha256(self) -> str:
+        """Of the weight file as it lies on disk."""
+
+    @property
+    def licence(self) -> str:
+        """An SPDX identifier, or "unknown"."""
+
+    @property
+    def k(self) -> int:
+        """Bases in a k-mer."""
+
+    @property
+    def channels(self) -> int:
+        """D."""
+
+    @property
+    def layer(self) -> int:
+        """Whose output is given: k for block k, -1 for the final norm."""
+
+    @property
+    def context(self) -> int:
+        """Most k-mers a window may have."""
+
+    @property
+    def dtype(self) -> str:
+        """What `embed` returns: "float32", "float16" or "bfloat16"."""
+
+    @property
+    def numerics(self) -> Mapping[str, str | int]:
+        """The class of arithmetic: within one, equal input gives equal bits at one batch shape."""
+
+    def embed(self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_]) -> Any:
+        """Vectors (W, T, D) on the teacher's own device.
+
+        `hidden_WT` is True where the teacher must not see the k-mer.
+        """
+
+
+def load_teacher(
+    name: str,
+    *,
+    revision: str | None,
+    layer: int,
+    device: str = "auto",
+    offline: bool = False,
+) -> Teacher:
+    """The teacher in a folder, or of a hub name at a pinned commit.
+
+    `device` is "auto" (CUDA where there is some), "cpu", "cuda" or "cuda:N". On CUDA matrix
+    products are in bfloat16, on the CPU in float32. `offline` takes a hub name from the local hub
+    cache alone.
+    """
+    from had_pipe.teachers.ntv2 import (
+        NTv2Teacher,
+        file_sha256,
+        load_checkpoint,
+        read_config,
+        weight_file,
+    )
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise RecipeError(
+                f"[teacher] revision: {name} is a folder, which has no commit; "
+                "leave revision out (the weights' SHA-256 tells which they are)."
+            )
+        shown = folder.resolve().name
+    elif _HUB_NAME.fullmatch(name):
+        shown = name
+        folder = _from_hub(name, revision, offline=offline)
+    else:
+        raise InputError(
+            f"[teacher] name: {name!r} is neither a folder that exists nor a hub name of the form "
+            "'organisation/model'; mend the path or the name."
+        )
+    blocks = read_config(folder).num_hidden_layers
+    if layer != -1 and not 1 <= layer <= blocks:
+        raise RecipeError(
+            f"[teacher] layer = {layer}: {shown} has blocks 1 to {blocks}; name one of them, "
+            "or -1 for the output of the final norm."
+        )
+    path = weight_file(folder)
+    return NTv2Teacher(
+        load_checkpoint(folder),
+        name=shown,
+        revision=revision,
+        weights_sha256=file_sha256(path),
+        licence=_licence(shown, folder),
+        layer=layer,
+        device=_device(device),
+    )
+
+
+def _device(device: str) -> torch.device:
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise RecipeError(f"device {device!r}: expected auto, cpu, cuda or cuda:N.")
+    if device != "cpu":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(device.partition(":")[2] or 0) >= found:
+            raise RecipeError(
+                f"device {device!r}: torch {torch.__version__} finds {found} CUDA devices here; "
+                "use another device, or auto."
+            )
+    return torch.device(device)
+
+
+def _from_hub(name: str, revision: str | None, *, offline: bool) -> Path:
+    """A folder with the files of a hub model at one commit, downloaded where it is not yet here."""
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import snapshot_download
+
+    from had_pipe.teachers.ntv2 import CONFIG_FILE, WEIGHT_FILES
+
+    if revision is None or not _COMMIT.fullmatch(revision):
+        raise RecipeError(
+            f"[teacher] revision = {revision!r}: {name} needs a commit of 40 hexadecimal digits, "
+            "because a branch or tag may move; copy it from the model's page under 'Files', "
+            "'History'."
+        )
+    where = f"{name} at {revision[:12]}"
+    try:
+        # One weight format is enough: the second is fetched only where the first is not there.
+        for weights in WEIGHT_FILES:
+            folder = Path(
+                snapshot_download(
+                    name,
+                    revision=revision,
+                    allow_patterns=[CONFIG_FILE, "README.md", weights],
+                    local_files_only=offline,
+                )
+            )
+            if (folder / weights).exists():
+                break
+    except hub_errors.LocalEntryNotFoundError as error:
+        advice = (
+            "run once with network access, or copy the model's folder here and name the folder"
+            if offline
+            else "check the connection and run again, or name a folder instead"
+        )
+        raise NetworkError(
+            f"{where}: not in the local hub cache, and the hub "
+            f"{'may not be asked' if offline else 'could not be reached'}; {advice}."
+        ) from error
+    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
+        raise InputError(
+            f"{where}: the hub knows no such model or commit; mend [teacher] name or revision."
+        ) from error
+    except Exception as error:
+        # Which HTTP client stands below, and so its errors, changes with the hub client's version;
+        # the hub client's own error is always derived from theirs.
+        if not isinstance(error, (*hub_errors.HfHubHTTPError.__bases__, OSError)):
+            raise
+        raise NetworkError(
+            f"{where}: the download failed ({type(error).__name__}); run again to continue it."
+        ) from error
+    return folder
+
+
+def _licence(name: str, folder: Path) -> str:
+    """The licence told by the hub name, config.json or the model card's header."""
+    from had_pipe.teachers.ntv2 import read_config_file
+
+    if name.startswith("InstaDeepAI/"):
+        return _NT_LICENCE
+    config = read_config_file(folder)
+    told = config.get("licence") or config.get("license")
+    card = folder / "README.md"
+    if not told and card.is_file():
+        header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+        line = header and re.search(r"^licen[cs]e:\s*(\S+)\s*$", header[1], re.MULTILINE)
+        told = line[1].strip("'\"") if line else None
+    if not isinstance(told, str) or not told:
+        return "unknown"
+    return _SPDX.get(told.lower(), told)
