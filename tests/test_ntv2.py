@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ntv2_float64 import forward as forward_float64
 
 from had_pipe.dna.kmers import spell
 from had_pipe.errors import InputError
@@ -28,7 +29,6 @@ from had_pipe.teachers.ntv2 import (
     rotary_tables,
     save_checkpoint,
 )
-from tests.ntv2_float64 import forward as forward_float64
 
 Weights = dict[str, npt.NDArray[np.float32]]
 SPECIALS = ["<unk>", "<pad>", "<mask>", "<cls>", "<eos>", "<bos>"]
