@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
@@ -383,14 +384,17 @@ def features(model: NTv2) -> torch.Tensor:
         return model(torch.arange(6, 40)[None])
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-torch-1.6"])
 def test_a_pickled_checkpoint_gives_the_same_features(
-    tmp_path: Path, tiny_folder: Path, tiny_weights: Weights
+    tmp_path: Path, tiny_folder: Path, tiny_weights: Weights, zipped: bool
 ) -> None:
     other = tmp_path / "bin"
     other.mkdir()
     write_config(other, TINY)
     torch.save(
-        {k: torch.from_numpy(v) for k, v in tiny_weights.items()}, other / "pytorch_model.bin"
+        {k: torch.from_numpy(v) for k, v in tiny_weights.items()},
+        other / "pytorch_model.bin",
+        _use_new_zipfile_serialization=zipped,
     )
     assert torch.equal(features(load_checkpoint(other)), features(load_checkpoint(tiny_folder)))
 
@@ -439,8 +443,6 @@ def test_exactly_the_unused_keys_may_be_absent_or_present(
 
 @given(st.sampled_from(sorted(k for k in hub_shapes(TINY) if not k.startswith("esm.contact"))))
 def test_every_needed_key_is_required_and_named(key: str) -> None:
-    import tempfile
-
     weights = {
         k: np.zeros(shape, dtype=np.float16) for k, shape in hub_shapes(TINY).items() if k != key
     }

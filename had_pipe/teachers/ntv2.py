@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -369,7 +370,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             raise InputError(f"{path}: {error}: {damaged}") from error
     try:
         # weights_only: the unpickler makes tensors and nothing else, so loading runs no code.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(
+            path,
+            map_location="cpu",
+            weights_only=True,
+            mmap=zipfile.is_zipfile(path),  # the format before torch 1.6 cannot be mapped
+        )
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: {first_line} {damaged}") from error
@@ -412,7 +418,7 @@ def load_checkpoint(folder: Path, *, head: Head = "none") -> NTv2:
         if tuple(tensor.shape) != shapes[key]:
             raise InputError(
                 f"{path}: {key} is {_by(tensor.shape)}, expected {_by(shapes[key])}"
-                + _glu_hint(key, tensor)
+                + (" (two halves of a gated unit)" if "intermediate" in key else "")
                 + f"; the weights do not belong to this {CONFIG_FILE}, or are not an NT-v2's."
             )
         if not tensor.is_floating_point():
@@ -427,10 +433,6 @@ def load_checkpoint(folder: Path, *, head: Head = "none") -> NTv2:
 
 def _by(shape: tuple[int, ...] | torch.Size) -> str:
     return " x ".join(str(s) for s in shape) or "a scalar"
-
-
-def _glu_hint(key: str, tensor: Tensor) -> str:
-    return " (two halves of a gated unit)" if key.endswith(".intermediate.dense.weight") else ""
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
