@@ -85,7 +85,7 @@ def chunked_rule(
     precise = torch.float64 if q_BSHK.dtype == torch.float64 else torch.float32
     # Autocast would run these products in half precision, and the state must not be.
     with torch.autocast(q_BSHK.device.type, enabled=False):
-        o_BSHV = _chunked(
+        o_BSHV: Tensor = _ChunkedRule.apply(  # type: ignore[no-untyped-call]
             q_BSHK.to(precise),
             k_BSHK.to(precise),
             v_BSHV.to(precise),
@@ -96,96 +96,161 @@ def chunked_rule(
     return o_BSHV.to(v_BSHV.dtype)
 
 
-def _chunked(
-    q_BSHK: Tensor,
-    k_BSHK: Tensor,
-    v_BSHV: Tensor,
-    log_decay_BSH: Tensor,
-    beta_BSH: Tensor,
-    chunk: int,
-) -> Tensor:
-    B, S, H, K = q_BSHK.shape
-    V = v_BSHV.shape[-1]
-    N = -(-S // chunk)
-    C = chunk
+class _ChunkedRule(torch.autograd.Function):
+    """The rule chunk by chunk, with its backward pass by hand: 1.5 times as fast on a CPU.
 
-    # Everything below is batched over X = N B H chunk matrices; rows are positions of a chunk.
-    # Padding writes nothing (key, value and beta 0) and lies behind all that is read.
-    def cut(t_BSH: Tensor) -> Tensor:
-        rest = t_BSH.shape[3:]
-        if N * C > S:
-            t_BSH = F.pad(t_BSH, (0, 0) * len(rest) + (0, 0, 0, N * C - S))
-        t_NBHC = t_BSH.view(B, N, C, H, *rest).transpose(2, 3).transpose(0, 1)
-        return t_NBHC.reshape(N * B * H, C, *rest)
+    All is batched over X = N B H chunk matrices; rows are positions of a chunk. With g the log
+    decay since the chunk's start and h the transposed state before the chunk, position i writes
+    u_i along k_i and
 
-    q_XCK, k_XCK, v_XCV = cut(q_BSHK), cut(k_BSHK), cut(v_BSHV)
-    beta_XC1 = cut(beta_BSH).unsqueeze(-1)
-    total_XC = cut(log_decay_BSH).cumsum(-1)  # log decay since the chunk's start
-    decay_XC1 = total_XC.exp().unsqueeze(-1)
-    k_XKC = k_XCK.mT
+        u = T (R_v - R_k h)    T = (I + A)^-1, A_ij = b_i e^(g_i - g_j) k_i k_j for j < i
+        h' = e^(g_C) h + E^T u
+        o = Q h + P u          P_ij = e^(g_i - g_j) q_i k_j / sqrt(K) for j <= i
 
-    # between_ij: the decay from position j to i. The upper triangle is silenced before the
-    # exponential, where it could overflow.
-    lower_CC = torch.ones(C, C, dtype=torch.bool, device=q_BSHK.device).tril()
-    between_XCC = (
-        (total_XC.unsqueeze(-1) - total_XC.unsqueeze(-2)).masked_fill(~lower_CC, -math.inf).exp()
-    )
-
-    # What position i really writes, u_i = b_i (v_i - a.. S k_i - what earlier positions of the
-    # chunk wrote along k_i), is a unit lower triangular system. Solved by substitution: Neumann
-    # series and products of doublings explode where keys repeat, as in poly-A.
-    overlap_XCC = (beta_XC1 * between_XCC * torch.bmm(k_XCK, k_XKC)).tril(-1)
-    eye_CC = torch.eye(C, dtype=q_XCK.dtype, device=q_XCK.device)
-    solve_XCC = torch.linalg.solve_triangular(
-        overlap_XCC, eye_CC.expand_as(overlap_XCC), upper=False, unitriangular=True
-    )
-    # u = own - seen S_0^T, with S_0 the state before the chunk.
-    rows_XCD = torch.cat([k_XCK * (beta_XC1 * decay_XC1), v_XCV * beta_XC1], dim=-1)
-    seen_XCK, own_XCV = torch.split(torch.bmm(solve_XCC, rows_XCD), [K, V], dim=-1)
-
-    # The states between chunks, transposed: S_{n+1}^T = carry_n S_n^T + write_n.
-    to_end_XKC = (k_XCK * (total_XC[:, -1:] - total_XC).exp().unsqueeze(-1)).mT
-    eye_KK = torch.eye(K, dtype=q_XCK.dtype, device=q_XCK.device)
-    carry_XKK = torch.baddbmm(decay_XC1[:, -1:] * eye_KK, to_end_XKC, seen_XCK, alpha=-1)
-    write_XKV = torch.bmm(to_end_XKC, own_XCV)
-    state_NYKV: Tensor = _States.apply(carry_XKK.view(N, -1, K, K), write_XKV.view(N, -1, K, V))  # type: ignore[no-untyped-call]
-    state_XKV = state_NYKV.view(-1, K, V)
-
-    u_XCV = torch.baddbmm(own_XCV, seen_XCK, state_XKV, alpha=-1)
-    q_XCK = q_XCK * K**-0.5
-    inside_XCV = torch.bmm(between_XCC * torch.bmm(q_XCK, k_XKC), u_XCV)
-    o_XCV = torch.baddbmm(inside_XCV, q_XCK * decay_XC1, state_XKV)
-    o_BSHV = o_XCV.view(N, B, H, C, V).permute(1, 0, 3, 2, 4).reshape(B, N * C, H, V)
-    return o_BSHV[:, :S]
-
-
-class _States(torch.autograd.Function):
-    """The state before each chunk: h_0 = 0, h_{n+1} = carry_n h_n + write_n.
-
-    By hand because autograd through the loop would add full-size gradients N times.
+    where R_k = b e^g k, R_v = b v, E = e^(g_C - g) k and Q = e^g q / sqrt(K), row by row.
     """
 
     @staticmethod
-    def forward(ctx: Any, carry_NYKK: Tensor, write_NYKV: Tensor) -> Tensor:
-        state_NYKV = torch.empty_like(write_NYKV)
-        state_NYKV[0] = 0
-        for n in range(len(write_NYKV) - 1):
-            torch.baddbmm(write_NYKV[n], carry_NYKK[n], state_NYKV[n], out=state_NYKV[n + 1])
-        ctx.save_for_backward(carry_NYKK, state_NYKV)
-        return state_NYKV
+    def forward(
+        ctx: Any,
+        q_BSHK: Tensor,
+        k_BSHK: Tensor,
+        v_BSHV: Tensor,
+        log_decay_BSH: Tensor,
+        beta_BSH: Tensor,
+        chunk: int,
+    ) -> Tensor:
+        B, S, H, K = q_BSHK.shape
+        V, N = v_BSHV.shape[-1], -(-S // chunk)
+        q_XCK, k_XCK, v_XCV = (_cut(t, chunk) for t in (q_BSHK, k_BSHK, v_BSHV))
+        beta_XC1 = _cut(beta_BSH.unsqueeze(-1), chunk)
+        g_XC1 = _cut(log_decay_BSH.unsqueeze(-1), chunk).cumsum(1)
+        start_XC1, end_XC1 = g_XC1.exp(), (g_XC1[:, -1:] - g_XC1).exp()
+        # The upper triangle is silenced before the exponential, where it could overflow.
+        above_CC = torch.ones(chunk, chunk, dtype=torch.bool, device=q_BSHK.device).triu(1)
+        decay_XCC = (g_XC1 - g_XC1.mT).masked_fill_(above_CC, -math.inf).exp_()
+
+        # Solved by substitution: Neumann series and products of doublings explode where keys
+        # repeat, as in poly-A.
+        overlap_XCC = torch.bmm(k_XCK, k_XCK.mT).mul_(decay_XCC).tril_(-1)
+        eye_CC = torch.eye(chunk, dtype=q_XCK.dtype, device=q_XCK.device).expand_as(overlap_XCC)
+        solve_XCC = torch.linalg.solve_triangular(
+            overlap_XCC * beta_XC1, eye_CC, upper=False, unitriangular=True
+        )
+        right_XCD = torch.cat([k_XCK * (beta_XC1 * start_XC1), v_XCV * beta_XC1], dim=-1)
+        left_XCD = torch.bmm(solve_XCC, right_XCD)
+        seen_XCK, own_XCV = left_XCD[..., :K], left_XCD[..., K:]  # u = own - seen h
+
+        # Put in, u makes the states a linear recurrence: h' = carry h + write.
+        step_XKD = torch.bmm((k_XCK * end_XC1).mT, left_XCD)
+        carry_XKK = step_XKD[..., :K].neg()
+        carry_XKK.diagonal(dim1=1, dim2=2).add_(start_XC1[:, -1])
+        carry_NYKK = carry_XKK.view(N, -1, K, K)
+        write_NYKV = step_XKD.view(N, -1, K, K + V)[..., K:]
+        h_XKV = torch.empty_like(step_XKD[..., K:], memory_format=torch.contiguous_format)
+        h_NYKV = h_XKV.view(N, -1, K, V)
+        h_NYKV[0] = 0
+        for n in range(N - 1):
+            torch.baddbmm(write_NYKV[n], carry_NYKK[n], h_NYKV[n], out=h_NYKV[n + 1])
+
+        u_XCV = torch.baddbmm(own_XCV, seen_XCK, h_XKV, alpha=-1)
+        mix_XCC = torch.bmm(q_XCK, k_XCK.mT).mul_(decay_XCC).mul_(K**-0.5)
+        o_XCV = torch.bmm(mix_XCC, u_XCV)
+        o_XCV.baddbmm_(q_XCK * (start_XC1 * K**-0.5), h_XKV)
+        ctx.save_for_backward(
+            q_XCK, k_XCK, v_XCV, beta_XC1, start_XC1, end_XC1, decay_XCC,
+            overlap_XCC, solve_XCC, seen_XCK, carry_XKK, h_XKV, u_XCV, mix_XCC,
+        )  # fmt: skip
+        ctx.shape = (B, S, H, N)
+        return _join(o_XCV, B, S, H)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_state_NYKV: Tensor) -> tuple[Tensor, Tensor]:
-        carry_NYKK, state_NYKV = ctx.saved_tensors
-        # d_write[n] is the whole gradient of state n + 1; nobody reads what the last chunk leaves.
-        d_write_NYKV = torch.empty_like(d_state_NYKV)
-        d_write_NYKV[-1] = 0
-        for n in range(len(d_state_NYKV) - 1, 0, -1):
-            torch.baddbmm(
-                d_state_NYKV[n], carry_NYKK[n].mT, d_write_NYKV[n], out=d_write_NYKV[n - 1]
-            )
-        return torch.matmul(d_write_NYKV, state_NYKV.mT), d_write_NYKV
+    def backward(ctx: Any, d_o_BSHV: Tensor) -> tuple[Tensor | None, ...]:
+        (
+            q_XCK, k_XCK, v_XCV, beta_XC1, start_XC1, end_XC1, decay_XCC,
+            overlap_XCC, solve_XCC, seen_XCK, carry_XKK, h_XKV, u_XCV, mix_XCC,
+        ) = ctx.saved_tensors  # fmt: skip
+        B, S, H, N = ctx.shape
+        C, K = k_XCK.shape[1:]
+        scale = K**-0.5
+        d_o_XCV = _cut(d_o_BSHV, C)
+
+        # Through the states, last chunk first. after_n is the gradient of the state chunk n leaves;
+        # nobody reads what the last one leaves.
+        d_u_XCV = torch.bmm(mix_XCC.mT, d_o_XCV)
+        d_h_XKV = torch.bmm((q_XCK * (start_XC1 * scale)).mT, d_o_XCV)
+        d_h_XKV.baddbmm_(seen_XCK.mT, d_u_XCV, alpha=-1)
+        after_XKV = torch.empty_like(d_h_XKV)
+        after_NYKV, d_h_NYKV, carry_NYKK = (
+            t.view(N, -1, *t.shape[1:]) for t in (after_XKV, d_h_XKV, carry_XKK)
+        )
+        after_NYKV[-1] = 0
+        for n in range(N - 1, 0, -1):
+            torch.baddbmm(d_h_NYKV[n], carry_NYKK[n].mT, after_NYKV[n], out=after_NYKV[n - 1])
+
+        # Through u, the triangular system and the two products of keys and queries.
+        d_u_XCV.baddbmm_(k_XCK * end_XC1, after_XKV)
+        d_rv_XCV = torch.bmm(solve_XCC.mT, d_u_XCV)
+        d_rk_XCK = torch.bmm(d_rv_XCV, h_XKV.mT).neg_()
+        d_overlap_XCC = torch.bmm(d_rv_XCV, u_XCV.mT).neg_()
+        d_mix_XCC = torch.bmm(d_o_XCV, u_XCV.mT)
+        by_overlap_XCC = d_overlap_XCC * overlap_XCC
+        by_decay_XCC = torch.addcmul(by_overlap_XCC * beta_XC1, d_mix_XCC, mix_XCC)
+        d_kk_XCC = d_overlap_XCC.mul_(decay_XCC).mul_(beta_XC1).tril_(-1)
+        d_qk_XCC = d_mix_XCC.mul_(decay_XCC).mul_(scale)
+
+        d_q_XCK = torch.bmm(d_o_XCV, h_XKV.mT).mul_(start_XC1 * scale)
+        d_g_XC1 = (d_q_XCK * q_XCK).sum(-1, keepdim=True)
+        d_q_XCK.baddbmm_(d_qk_XCC, k_XCK)
+
+        d_k_XCK = torch.bmm(u_XCV, after_XKV.mT).mul_(end_XC1)
+        by_end_XC1 = (d_k_XCK * k_XCK).sum(-1, keepdim=True)
+        by_start_XC1 = (d_rk_XCK * k_XCK).sum(-1, keepdim=True).mul_(start_XC1)
+        d_k_XCK.addcmul_(d_rk_XCK, beta_XC1 * start_XC1)
+        d_k_XCK.baddbmm_(d_kk_XCC + d_kk_XCC.mT, k_XCK)
+        d_k_XCK.baddbmm_(d_qk_XCC.mT, q_XCK)
+
+        d_beta_XC1 = by_overlap_XCC.sum(-1, keepdim=True).add_(by_start_XC1)
+        d_beta_XC1.add_((d_rv_XCV * v_XCV).sum(-1, keepdim=True))
+        d_v_XCV = d_rv_XCV.mul_(beta_XC1)
+
+        d_g_XC1.addcmul_(by_start_XC1, beta_XC1).sub_(by_end_XC1)
+        d_g_XC1.add_(by_decay_XCC.sum(2, keepdim=True)).sub_(by_decay_XCC.sum(1).unsqueeze(-1))
+        kept_X1 = (after_XKV * h_XKV).sum((1, 2)).unsqueeze(-1)
+        d_g_XC1[:, -1] += torch.addcmul(by_end_XC1.sum(1), start_XC1[:, -1], kept_X1)
+        d_log_decay_XC1 = d_g_XC1.flip(1).cumsum(1).flip(1)
+
+        return (
+            *(_join(t, B, S, H) for t in (d_q_XCK, d_k_XCK, d_v_XCV)),
+            *(_join(t, B, S, H).squeeze(-1) for t in (d_log_decay_XC1, d_beta_XC1)),
+            None,
+        )
+
+
+def _cut(t_BSHF: Tensor, chunk: int) -> Tensor:
+    """(B, S, H, F) as (N B H, C, F), with zeros behind the end, which write nothing."""
+    B, S, H, width = t_BSHF.shape
+    full, rest = divmod(S, chunk)
+    t_NBHCF = t_BSHF.new_empty(full + (rest > 0), B, H, chunk, width)
+    t_BNCHF = t_NBHCF.permute(1, 0, 3, 2, 4)
+    t_BNCHF[:, :full] = t_BSHF[:, : full * chunk].unflatten(1, (full, chunk))
+    if rest:
+        t_BNCHF[:, full, :rest] = t_BSHF[:, full * chunk :]
+        t_BNCHF[:, full, rest:] = 0
+    return t_NBHCF.view(-1, chunk, width)
+
+
+def _join(t_XCF: Tensor, B: int, S: int, H: int) -> Tensor:
+    """What `_cut` cut, without the zeros."""
+    C, width = t_XCF.shape[1:]
+    full, rest = divmod(S, C)
+    t_BNCHF = t_XCF.view(-1, B, H, C, width).permute(1, 0, 3, 2, 4)
+    t_BSHF = t_XCF.new_empty(B, S, H, width)
+    t_BSHF[:, : full * C].unflatten(1, (full, C)).copy_(t_BNCHF[:, :full])
+    if rest:
+        t_BSHF[:, full * C :] = t_BNCHF[:, full, :rest]
+    return t_BSHF
 
 
 def _fla_rule(
