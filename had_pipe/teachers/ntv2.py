@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -369,16 +368,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path}: {error}: {damaged}") from error
     try:
+        # The format before torch 1.6 cannot be mapped into memory.
+        mapped = zipfile.is_zipfile(path)
         # weights_only: the unpickler makes tensors and nothing else, so loading runs no code.
-        state = torch.load(
-            path,
-            map_location="cpu",
-            weights_only=True,
-            mmap=zipfile.is_zipfile(path),  # the format before torch 1.6 cannot be mapped
-        )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: {first_line} {damaged}") from error
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # on a damaged file the unpickler raises whatever it trips over
+        told = str(error).splitlines()[:1] or [type(error).__name__]
+        raise InputError(f"{path}: {told[0]}: {damaged}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path}: holds something else than named tensors: {damaged}")
     return state
