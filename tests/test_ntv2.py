@@ -499,6 +499,33 @@ def test_a_damaged_weight_file_is_an_input_error(tiny_folder: Path, keep: int) -
         load_checkpoint(tiny_folder)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-torch-1.6"])
+def test_flipped_bits_in_a_pickled_checkpoint_never_raise_anything_else(
+    tmp_path: Path, tiny_weights: Weights, zipped: bool
+) -> None:
+    write_config(tmp_path, TINY)
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(
+        {k: torch.from_numpy(v) for k, v in tiny_weights.items()},
+        path,
+        _use_new_zipfile_serialization=zipped,
+    )
+    whole = path.read_bytes()
+    refused = 0
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        damaged = bytearray(whole)
+        # The pickle lies in front, the directory of a zip at the end.
+        for at in generator.integers(0, 3_000, size=3):
+            damaged[at if seed % 2 else -1 - at] ^= 1 << generator.integers(8)
+        path.write_bytes(damaged)
+        try:
+            load_checkpoint(tmp_path)
+        except InputError:
+            refused += 1
+    assert refused > 10
+
+
 class Payload:
     """Runs when unpickled by an unguarded loader."""
 
