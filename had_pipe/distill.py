@@ -1,0 +1,905 @@
+"""Stage two: a student learns from a cache. One run is one folder; the same call starts it, goes
+on where it stopped, and says when nothing is left.
+
+    RUN/
+    ├── run.json        what the run is: recipe, caches, student, versions; written first
+    ├── metrics.jsonl   one line a measurement; never a step twice
+    ├── checkpoints/    whole-run state (had_pipe.checkpoint)
+    └── student/        the student alone, with its card; written last, so it says the run is done
+
+It needs caches alone: no teacher, no genome. What is measured beside each other: the student, the
+mean predictor and a table of one mean embedding for each k-mer, on the same held-out windows.
+
+B windows of a batch, T k-mers, V visible groups, D teacher channels, S = 6T bases, E width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from hashlib import sha256
+from io import StringIO
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from had_pipe import __version__, checkpoint
+from had_pipe.cache import Cache
+from had_pipe.dna import kmers
+from had_pipe.durable import make_folder, publish, storage, sync_tree, write_file
+from had_pipe.errors import (
+    CacheMismatch,
+    HeldError,
+    InputError,
+    Interrupted,
+    NonFiniteError,
+    RecipeError,
+    RunMismatch,
+)
+from had_pipe.objectives import HADObjective, Losses
+from had_pipe.progress import Progress, Reporter, silent
+from had_pipe.recipe import Recipe, Train
+from had_pipe.stream import ORDER_VERSION, Batch, Stream, first_windows, require_alike
+from had_pipe.students import (
+    HADConfig,
+    HADForMaskedLM,
+    HADModel,
+    HADTokenizer,
+    kernel,
+    spell,
+)
+
+FORMAT = "had-run/1"
+FLOOR_WINDOWS = 8192
+"""Training windows that the floors are learnt from, at most."""
+
+_RUN, _METRICS, _CHECKPOINTS, _STUDENT = "run.json", "metrics.jsonl", "checkpoints", "student"
+_TERMS = ("loss", "align", "reconstruct", "accuracy", "cosine")
+# Keys of [train] that say where and how often, not what is learnt: they may change within a run.
+_CADENCE = ("out", "log_every", "validate_every", "checkpoint_every")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSummary:
+    """What a run came to."""
+
+    run: Path
+    student: Path
+    steps: int
+    first: Mapping[str, float]
+    """The first line of training metrics."""
+    last: Mapping[str, float]
+    validation: Mapping[str, float] | None
+    """The last validation; None where nothing was held out."""
+    floors: Mapping[str, float] | None
+    seconds: float
+    """Of training, all processes of the run added."""
+    already_done: bool
+
+
+def distill(
+    recipe: Recipe,
+    *,
+    caches: Sequence[Path] | None = None,
+    device: str = "auto",
+    report: Reporter = silent,
+) -> DistillSummary:
+    """Train the recipe's student from the recipe's cache, or from `caches`; go on where it stopped.
+
+    Raises RunMismatch where the run's folder was begun by another recipe or cache, HeldError where
+    another process trains into it, NonFiniteError at the first loss or gradient that is no number,
+    Interrupted after a signal (a checkpoint is then saved).
+    """
+    if recipe.train is None:
+        raise RecipeError("missing table [train]: distill needs at least out, steps and batch")
+    torch_device = _device(device)
+    opened = [Cache.open(path) for path in (caches or [recipe.cache.path])]
+    require_alike(opened, space=recipe.objective.target)
+    if opened[0].plan.windows.store == "masked":
+        raise CacheMismatch(
+            f"{opened[0].path}: windows.store = 'masked', but alignment needs the visible groups; "
+            "extract with store = 'visible' or 'all'"
+        )
+    out = recipe.train.out
+    make_folder(out)
+    with _held(out), _Signals() as signals, torch.random.fork_rng(_forked(torch_device)):
+        run = _Run(recipe, opened, torch_device, report=report, signals=signals)
+        if (out / _STUDENT).exists():
+            return _summary(run, already_done=True)
+        run.train()
+        run.publish_student()
+        return _summary(run, already_done=False)
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """Of step 1, 2, ... `steps`: a line up to lr, then a cosine that ends at lr_final."""
+    if step <= train.warmup:
+        return train.lr * step / train.warmup
+    share = (step - train.warmup) / (train.steps - train.warmup)
+    return train.lr_final + (train.lr - train.lr_final) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def parameter_groups(modules: Sequence[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases, embeddings, A_log and dt_bias do not (Caduceus, fla)."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for module in modules:
+        embedded = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+        for parameter in module.parameters():
+            keep = parameter.ndim < 2 or id(parameter) in embedded
+            (kept if keep else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+
+
+class _Run:
+    """One training in one folder, held by this process."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        caches: Sequence[Cache],
+        device: torch.device,
+        *,
+        report: Reporter,
+        signals: _Signals,
+    ) -> None:
+        assert recipe.train is not None
+        self.config = recipe.train
+        self.caches = caches
+        self.out = recipe.train.out
+        self._device = device
+        self._report = report
+        self._signals = signals
+        plan = caches[0].plan
+        self._visible_stored = plan.windows.store == "visible"
+        self._visible = plan.windows.kmers - plan.windows.masked
+        torch.manual_seed(self.config.seed)
+        # Made on the CPU, so that every device starts from the same weights.
+        self.student = HADModel(
+            HADConfig(
+                **recipe.student.model_dump(),
+                decoder_heads=recipe.objective.decoder_heads,
+                licence=_licence(caches),
+                teacher=_teacher(caches[0]),
+            )
+        )
+        nn.Module.to(self.student, device)
+        mean_D, std_D = torch.tensor(caches[0].mean), torch.tensor(caches[0].std)
+        normalised = recipe.objective.target == "normalised"
+        self._unit_D = (std_D if normalised else torch.ones_like(std_D)).to(device)
+        self.objective = HADObjective(
+            hidden_size=recipe.student.hidden_size,
+            channels=plan.teacher.channels,
+            align=recipe.objective.align,
+            reconstruct=recipe.objective.reconstruct,
+            decoder_heads=recipe.objective.decoder_heads,
+            target=recipe.objective.target,
+            mean_D=mean_D if normalised else None,
+            std_D=std_D if normalised else None,
+        ).to(device)
+        self._optimiser = torch.optim.AdamW(
+            parameter_groups([self.student, self.objective], self.config.weight_decay),
+            lr=self.config.lr,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        self._parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
+        document = self._document(recipe)
+        self.id = sha256(_canonical(_identity(document))).hexdigest()
+        self._begin(document)
+
+    # What the run is
+
+    def _document(self, recipe: Recipe) -> dict[str, Any]:
+        sections = {
+            name: getattr(recipe, name).model_dump(mode="json", exclude={"out"})
+            for name in ("student", "objective", "train")
+        }
+        chosen = kernel(self._device)
+        return {
+            "format": FORMAT,
+            "recipe": sections,
+            "order": ORDER_VERSION,
+            "caches": [
+                {
+                    "id": cache.id,
+                    "plan": cache.plan.model_dump(mode="json"),
+                    "fidelity": dict(cache.fidelity),
+                }
+                for cache in self.caches
+            ],
+            "student": {
+                "parameters": _count(self.student),
+                "config": self.student.config.to_diff_dict(),
+            },
+            "objective_parameters": _count(self.objective),
+            "device": _device_name(self._device),
+            "kernel": {"name": chosen.name, "reason": chosen.reason},
+            "versions": {
+                "had-pipe": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+        }
+
+    def _begin(self, document: dict[str, Any]) -> None:
+        """Write run.json, or find that the one there means the same run."""
+        path = self.out / _RUN
+        if not path.exists():
+            others = [n for n in (_METRICS, _CHECKPOINTS, _STUDENT) if (self.out / n).exists()]
+            if others:
+                raise RunMismatch(
+                    f"{self.out}: holds {', '.join(others)} but no {_RUN}: these are not of a run "
+                    "that can be gone on with. Use another [train] out"
+                )
+            text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+            write_file(path, text.encode(), aside=self.out)
+            return
+        try:
+            there = _identity(json.loads(path.read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunMismatch(
+                f"{path}: is not the record of a run ({error!r}). Use another [train] out"
+            ) from error
+        here = _identity(document)
+        keys = list(dict.fromkeys([*there, *here]))
+        differing = [key for key in keys if there.get(key) != here.get(key)]
+        if differing:
+            width = max(len(key) for key in differing)
+            raise RunMismatch(
+                f"{self.out} was begun by another recipe or cache:\n"
+                + "".join(
+                    f"  {key:<{width}}   there {_show(there.get(key))}   "
+                    f"here {_show(here.get(key))}\n"
+                    for key in differing
+                )
+                + "Use another [train] out, or restore these values."
+            )
+
+    # Training
+
+    def train(self) -> None:
+        """From the last checkpoint, or from the start, to the last step."""
+        begun = perf_counter()
+        state = checkpoint.load(self.out / _CHECKPOINTS, run=self.id)
+        sums = torch.zeros(len(_TERMS) + 1, dtype=torch.float64, device=self._device)
+        logged = start = 0
+        before = 0.0
+        if state is not None:
+            start, logged = state.step, state.facts["logged"]
+            before = state.facts["seconds"]
+            checkpoint.restore_optimiser(
+                self._optimiser, state.tensors["optimiser"], state.facts["optimiser"]
+            )
+            self.student.load_state_dict(state.tensors["student"])
+            self.objective.load_state_dict(state.tensors["objective"])
+            sums.copy_(state.tensors["loop"]["sums"])
+            torch.set_rng_state(state.tensors["loop"]["random"])
+            log.info("going on after step %d of %d", start, self.config.steps)
+        nbytes = state.facts["metrics_nbytes"] if state is not None else 0
+        with _Metrics(self.out / _METRICS, nbytes=nbytes) as metrics:
+            if state is None:
+                self._measure_floors(metrics)
+
+            def save(step: int) -> None:
+                tensors, facts = checkpoint.optimiser_state(self._optimiser)
+                checkpoint.save(
+                    self.out / _CHECKPOINTS,
+                    checkpoint.State(
+                        step=step,
+                        tensors={
+                            "student": self.student.state_dict(),
+                            "objective": self.objective.state_dict(),
+                            "optimiser": tensors,
+                            "loop": {"sums": sums, "random": torch.get_rng_state()},
+                        },
+                        facts={
+                            "optimiser": facts,
+                            "logged": logged,
+                            "seconds": before + perf_counter() - begun,
+                            "metrics_nbytes": metrics.sync(),
+                        },
+                    ),
+                    run=self.id,
+                )
+
+            if start == self.config.steps:
+                return
+            with Stream(
+                self.caches,
+                batch=self.config.batch,
+                seed=self.config.seed,
+                start=start,
+                device=self._device,
+            ) as stream:
+                training = perf_counter()
+                aside, waited = 0.0, 0.0  # seconds since the last line of metrics
+                marked, waits = training, 0.0
+                facts: dict[str, float | str] = {}
+                for step in range(start + 1, self.config.steps + 1):
+                    batch = next(stream)
+                    sums += self._step(step, batch)
+                    last = step == self.config.steps
+                    if step == 1 or step % self.config.log_every == 0 or last:
+                        mean = (sums / (step - logged)).tolist()
+                        now = perf_counter()
+                        spent = max(now - marked - aside, 1e-9)
+                        waited = stream.wait_seconds - waits
+                        # A process that goes on has seen fewer steps than the line tells of.
+                        rate = (step - max(logged, start)) * self.config.batch / spent
+                        windows = self.caches[0].plan.windows
+                        losses = dict(zip((*_TERMS, "grad_norm"), mean, strict=True))
+                        metrics.write(
+                            "train",
+                            step=step,
+                            seconds=before + now - begun,
+                            **losses,
+                            lr=learning_rate(self.config, step),
+                            windows_per_second=rate,
+                            kmers_per_second=rate * windows.kmers,
+                            bases_per_second=rate * windows.bases,
+                            wait_share=min(1.0, waited / spent),
+                            epoch=step * self.config.batch / stream.order.windows,
+                        )
+                        facts = {
+                            **{t: losses[t] for t in _TERMS[:3] if not math.isnan(losses[t])},
+                            "wait": f"{min(1.0, waited / spent):.1%}",
+                        }
+                        sums.zero_()
+                        logged = step
+                        marked, aside, waits = now, 0.0, stream.wait_seconds
+                    self._report(
+                        Progress(
+                            what="training",
+                            done=step,
+                            total=self.config.steps,
+                            unit="steps",
+                            begun=start,
+                            seconds=perf_counter() - training,
+                            facts=facts,
+                        )
+                    )
+                    paused = perf_counter()
+                    if step % self.config.validate_every == 0 or last:
+                        self._validate(step, metrics)
+                    if step % self.config.checkpoint_every == 0 or last or self._signals.caught:
+                        save(step)
+                    aside += perf_counter() - paused
+                    if not last:
+                        self._signals.stop(f"after step {step} of {self.config.steps}, saved")
+
+    def _step(self, step: int, batch: Batch) -> Tensor:
+        """One update; the terms of the loss and the gradient's norm, float64."""
+        for group in self._optimiser.param_groups:
+            group["lr"] = learning_rate(self.config, step)
+        self._optimiser.zero_grad(set_to_none=True)
+        losses = self._losses(batch)
+        losses.total.backward()
+        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
+        measured = torch.stack([*_terms(losses), norm.detach()]).double()
+        # Asked before the update: the weights stay those of the last good step.
+        if not bool((losses.total + norm).isfinite()):
+            raise NonFiniteError(self._non_finite(step, batch, losses, norm))
+        self._optimiser.step()
+        return measured
+
+    def _losses(self, batch: Batch) -> Losses:
+        with torch.autocast(
+            self._device.type,
+            dtype=torch.bfloat16,
+            enabled=self.config.precision == "bfloat16",
+        ):
+            feat_BSE = self.student(spell(batch.kmer_id, batch.mask)).last_hidden_state
+            losses: Losses = self.objective(
+                feat_BSE, batch.kmer_id, batch.mask, self._visible_target(batch)
+            )
+        return losses
+
+    def _visible_target(self, batch: Batch) -> Tensor:
+        """The teacher's embeddings of the visible groups, (B, V, D)."""
+        if self._visible_stored:
+            return batch.target
+        # A stable sort puts the visible groups first, in order; their number is constant.
+        place_BV = batch.mask.int().argsort(dim=1, stable=True)[:, : self._visible]
+        return batch.target.take_along_dim(place_BV[..., None], dim=1)
+
+    def _non_finite(self, step: int, batch: Batch, losses: Losses, norm: Tensor) -> str:
+        figures = {"loss": float(losses.total.detach()), "gradient norm": float(norm)}
+        wrong = [f"{name} is {x}" for name, x in figures.items() if not math.isfinite(x)]
+        bad = (~batch.target.isfinite()).flatten(1).any(1).tolist()
+        cause = (
+            "the cache holds numbers that are not finite in: "
+            if any(bad)
+            else "the targets are finite; the batch was: "
+        )
+        first, windows = 0, []
+        for span in batch.spans:
+            rows = span.row.tolist()
+            if any(bad):
+                rows = [row for i, row in enumerate(rows) if bad[first + i]]
+            if rows:
+                shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+                windows.append(
+                    f"{self.caches[span.cache].path} train view {span.view} rows {shown}"
+                )
+            first += len(span.row)
+        saved = checkpoint.checkpoints(self.out / _CHECKPOINTS)
+        return (
+            f"{self.out}: step {step}: {', '.join(wrong)}; {cause}{'; '.join(windows)}. "
+            f"The weights were not changed by it; the last checkpoint is "
+            f"{saved[0].name if saved else 'none yet'}. "
+            "Lower [train] lr or clip and use another [train] out"
+        )
+
+    # Measuring
+
+    def _held_out(self) -> Callable[[str], Iterator[Batch]] | None:
+        """The held-out windows, batch by batch, told as `what`; None where there are none."""
+        split = self.config.validation_split
+        caches = [c for c in self.caches if split in c.plan.splits and c.plan.splits[split].windows]
+        if not caches:
+            return None
+        return lambda what: self._pass(caches, split, self.config.validation_windows, what)
+
+    def _pass(
+        self, caches: Sequence[Cache], split: str, windows: int, what: str
+    ) -> Iterator[Batch]:
+        total = min(windows, sum(cache.plan.splits[split].windows for cache in caches))
+        begun, done = perf_counter(), 0
+        for batch in first_windows(
+            caches,
+            split=split,
+            windows=windows,
+            batch=self.config.batch,
+            device=self._device,
+        ):
+            yield batch
+            done += len(batch.kmer_id)
+            self._report(
+                Progress(
+                    what=what,
+                    done=done,
+                    total=total,
+                    unit="windows",
+                    seconds=perf_counter() - begun,
+                )
+            )
+
+    @torch.no_grad()
+    def _validate(self, step: int, metrics: _Metrics) -> None:
+        held_out = self._held_out()
+        if held_out is None:
+            return
+        nn.Module.eval(self.student)
+        self.objective.eval()
+        sums = torch.zeros(len(_TERMS), dtype=torch.float64, device=self._device)
+        windows = 0
+        for batch in held_out("validating"):
+            # Every window has as many visible and masked groups: means of batches weigh by windows.
+            sums += torch.stack(_terms(self._losses(batch))).double() * len(batch.kmer_id)
+            windows += len(batch.kmer_id)
+        self.student.train()
+        self.objective.train()
+        means = dict(zip(_TERMS, (sums / windows).tolist(), strict=True))
+        metrics.write("validation", step=step, windows=windows, **means)
+
+    @torch.no_grad()
+    def _measure_floors(self, metrics: _Metrics) -> None:
+        """What the held-out figures are without a student: nothing of it looks at a neighbour."""
+        held_out = self._held_out()
+        if held_out is None:
+            return
+        channels = self.caches[0].plan.teacher.channels
+        device = self._device
+        table_KD = torch.zeros(kmers.KMERS, channels, dtype=torch.float64, device=device)
+        count_K = torch.zeros(kmers.KMERS, dtype=torch.float64, device=device)
+        every_K = torch.zeros(kmers.KMERS, dtype=torch.float64, device=device)
+        for batch in self._pass(self.caches, "train", FLOOR_WINDOWS, "measuring the floors"):
+            kmer_id, target = self._visible_pairs(batch)
+            table_KD.index_add_(0, kmer_id, target.double())
+            count_K += torch.bincount(kmer_id, minlength=kmers.KMERS)
+            every_K += torch.bincount(batch.kmer_id.flatten(), minlength=kmers.KMERS)
+            self._signals.stop("before the first step")
+        mean_D = table_KD.sum(0) / count_K.sum()
+        # A k-mer that training never shows is predicted by the mean.
+        table_KD = torch.where(
+            count_K[:, None] > 0, table_KD / count_K[:, None].clamp(min=1), mean_D
+        ).float()
+        mean_1D = mean_D.float()[None]
+        base_K4 = torch.from_numpy(_BASES_K4).to(device)
+        frequency_4 = (every_K @ base_K4) / (every_K.sum() * kmers.K)
+
+        squares = torch.zeros(4, dtype=torch.float64, device=device)
+        masked_4 = torch.zeros(4, dtype=torch.float64, device=device)
+        groups = windows = 0
+        for batch in held_out("measuring the floors"):
+            kmer_id, target = self._visible_pairs(batch)
+            squares += torch.stack(
+                [
+                    figure
+                    for guess in (mean_1D.expand_as(target), table_KD[kmer_id])
+                    for figure in (
+                        ((guess - target) / self._unit_D).square().mean(1).double().sum(),
+                        F.cosine_similarity(guess, target, dim=1).double().sum(),
+                    )
+                ]
+            )
+            hidden_K = torch.bincount(batch.kmer_id[batch.mask], minlength=kmers.KMERS)
+            masked_4 += hidden_K.double() @ base_K4
+            groups += len(kmer_id)
+            windows += len(batch.kmer_id)
+        names = ("mean_align", "mean_cosine", "kmer_align", "kmer_cosine")
+        commonest = int(frequency_4.argmax())
+        metrics.write(
+            "floors",
+            **dict(zip(names, (squares / groups).tolist(), strict=True)),
+            base_frequency_accuracy=float(masked_4[commonest] / masked_4.sum()),
+            base_frequency_cross_entropy=float(
+                -(masked_4 * frequency_4.clamp(min=1e-12).log()).sum() / masked_4.sum()
+            ),
+            windows=windows,
+        )
+
+    def _visible_pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """K-mer ids (P,) and embeddings (P, D) of a batch's visible groups."""
+        target_BVD = self._visible_target(batch)
+        return batch.kmer_id[~batch.mask], target_BVD.flatten(0, 1)
+
+    # The end
+
+    def publish_student(self) -> None:
+        """The student's folder, whole or absent."""
+        aside = self.out / f".{_STUDENT}.tmp"
+        with storage(self.out):
+            if aside.exists():
+                shutil.rmtree(aside)
+            aside.mkdir()
+            decoder = self.objective.decoder
+            model = HADForMaskedLM.of(self.student, decoder) if decoder else self.student
+            nn.Module.eval(model)
+            with redirect_stderr(StringIO()):  # transformers draws a progress bar of its own
+                model.save_pretrained(aside)
+            HADTokenizer().save_pretrained(aside)
+            # The weights come out readable by their owner alone; a student is there to be shared.
+            (aside / "model.safetensors").chmod((aside / "config.json").stat().st_mode)
+            (aside / "README.md").write_text(self._card(), encoding="utf-8")
+        sync_tree(aside)
+        publish(aside, self.out / _STUDENT)
+
+    def _card(self) -> str:
+        lines = read_metrics(self.out)
+        validation = _last(lines, "validation")
+        floors = _last(lines, "floors")
+        plan = self.caches[0].plan
+        licence = _licence(self.caches)
+        front = [
+            "---",
+            f"license: {_hub_licence(licence)}",
+            *([f"license_name: {licence}"] if _hub_licence(licence) == "other" else []),
+            "library_name: transformers",
+            *([f"base_model: {plan.teacher.name}"] if plan.teacher.revision else []),
+            "tags: [dna, genomics, distillation, had-pipe]",
+            "---",
+        ]
+        body = [
+            "",
+            "# A DNA student distilled with had-pipe",
+            "",
+            f"{_count(self.student):,} parameters; one feature of width "
+            f"{self.student.config.hidden_size} a base. Made from the embeddings of "
+            f"{plan.teacher.name} ({_version(self.caches[0])}, layer {plan.teacher.layer}) "
+            f"in {self.config.steps:,} steps of {self.config.batch:,} windows of "
+            f"{plan.windows.bases:,} bases.",
+            "",
+            "| cache | genome | bases | digest |",
+            "|---|---|---|---|",
+            *(
+                f"| {cache.id[:12]} | {genome.name} | {genome.bases:,} | {genome.digest} |"
+                for cache in self.caches
+                for genome in cache.plan.genomes
+            ),
+            "",
+            f"Licence: {licence}, inherited from the teacher through the cache.",
+        ]
+        reasons = {c.plan.licence_reason for c in self.caches if c.plan.licence_reason}
+        body += [f"Reason recorded for this licence: {reason}" for reason in sorted(reasons)]
+        if validation and floors:
+            body += [
+                "",
+                f"On {validation['windows']:,} held-out windows:",
+                "",
+                "| | student | mean of each k-mer | mean embedding | base frequencies |",
+                "|---|---|---|---|---|",
+                _row("squared error of visible groups", validation, "align", floors, ".4g"),
+                _row("cosine of visible groups", validation, "cosine", floors, ".4f"),
+                _row("cross-entropy of masked bases", validation, "reconstruct", floors, ".4f"),
+                _row("accuracy of masked bases", validation, "accuracy", floors, ".4f"),
+            ]
+        else:
+            body += ["", "Nothing was held out: no figure on unseen DNA is known."]
+        body += [
+            "",
+            "```python",
+            "import had_pipe.students  # registers the model with transformers",
+            "from transformers import AutoModel, AutoTokenizer",
+            "",
+            'student = AutoModel.from_pretrained("path/of/this/folder")',
+            'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")',
+            'features = student(**tokenizer(["ACGTACGT"], return_tensors="pt")).last_hidden_state',
+            "```",
+            "",
+        ]
+        return "\n".join([*front, *body])
+
+
+# Metrics
+
+
+class _Metrics:
+    """metrics.jsonl, cut back to where the checkpoint was saved, then appended to."""
+
+    def __init__(self, path: Path, *, nbytes: int) -> None:
+        self._path = path
+        self._nbytes = nbytes
+
+    def __enter__(self) -> _Metrics:
+        with storage(self._path):
+            self._file: BinaryIO = self._path.open("ab")
+            found = self._file.tell()
+            if found < self._nbytes:
+                self._file.close()
+                raise InputError(
+                    f"{self._path}: {found} bytes, but {self._nbytes} when the checkpoint was "
+                    "saved: lines were lost; put the file back, or use another [train] out"
+                )
+            self._file.truncate(self._nbytes)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, kind: str, **values: float | int) -> None:
+        # A term of weight 0 is not measured: its NaN is left out, since JSON has none.
+        told = {name: value for name, value in values.items() if not math.isnan(value)}
+        line = json.dumps({"kind": kind, **told}, allow_nan=False) + "\n"
+        with storage(self._path):
+            self._file.write(line.encode())
+            self._file.flush()
+
+    def sync(self) -> int:
+        """Make what was written durable; how many bytes that is."""
+        with storage(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return self._file.seek(0, os.SEEK_END)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics."""
+    try:
+        text = (run / _METRICS).read_text("utf-8")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{run}: {_METRICS} is not here, though training is done: put it back, or use another "
+            "[train] out"
+        ) from error
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _last(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
+    return next((line for line in reversed(lines) if line["kind"] == kind), None)
+
+
+_BASE_FLOORS = {
+    "accuracy": "base_frequency_accuracy",
+    "reconstruct": "base_frequency_cross_entropy",
+}
+
+
+def _row(
+    what: str, student: Mapping[str, Any], term: str, floors: Mapping[str, Any], form: str
+) -> str:
+    """One line of the card's table: the student's figure and those of the floors it has."""
+
+    def cell(figures: Mapping[str, Any], key: str) -> str:
+        return format(figures[key], form) if key in figures else "-"
+
+    cells = [
+        cell(student, term),
+        cell(floors, f"kmer_{term}"),
+        cell(floors, f"mean_{term}"),
+        cell(floors, _BASE_FLOORS.get(term, "")),
+    ]
+    return f"| {what} | {' | '.join(cells)} |"
+
+
+def _summary(run: _Run, *, already_done: bool) -> DistillSummary:
+    lines = read_metrics(run.out)
+    train = [line for line in lines if line["kind"] == "train"]
+    return DistillSummary(
+        run=run.out,
+        student=run.out / _STUDENT,
+        steps=run.config.steps,
+        first=train[0],
+        last=train[-1],
+        validation=_last(lines, "validation"),
+        floors=_last(lines, "floors"),
+        seconds=train[-1]["seconds"],
+        already_done=already_done,
+    )
+
+
+def _terms(losses: Losses) -> list[Tensor]:
+    """In the order of _TERMS."""
+    parts = (losses.total, losses.align, losses.reconstruct, losses.accuracy, losses.cosine)
+    return [part.detach().float() for part in parts]
+
+
+# Who a run is
+
+
+def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a run's result, flat: two runs that agree in it are one run."""
+    identity: dict[str, Any] = {"format": document["format"], "order": document["order"]}
+    for section, values in document["recipe"].items():
+        for key, value in values.items():
+            if section != "train" or key not in _CADENCE:
+                identity[f"{section}.{key}"] = value
+    for i, cache in enumerate(document["caches"]):
+        identity[f"cache {i + 1}" if i else "cache"] = cache["id"]
+    return identity
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _show(value: object) -> str:
+    text = "(none)" if value is None else str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _version(cache: Cache) -> str:
+    teacher = cache.plan.teacher
+    return (
+        f"revision {teacher.revision[:12]}"
+        if teacher.revision
+        else f"weights {teacher.weights_sha256[:12]}"
+    )
+
+
+def _teacher(cache: Cache) -> str:
+    return f"{cache.plan.teacher.name} ({_version(cache)})"
+
+
+def _licence(caches: Sequence[Cache]) -> str:
+    return " AND ".join(dict.fromkeys(cache.plan.licence for cache in caches))
+
+
+def _hub_licence(licence: str) -> str:
+    """As model cards spell it."""
+    return licence.lower() if " " not in licence and licence != "unknown" else "other"
+
+
+# Bases of each k-mer: how many A, C, G, T.
+_BASES_K4 = np.stack(
+    [
+        (kmers.decode_kmers(np.arange(kmers.KMERS, dtype=np.uint16)[:, None]) == base).sum(1)
+        for base in range(4)
+    ],
+    axis=1,
+).astype(np.float64)
+
+
+# The machine
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"--device {name}: must be auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
+            "devices here; use --device auto or cpu"
+        )
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _forked(device: torch.device) -> list[int]:
+    return [device.index or 0] if device.type == "cuda" else []
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """The run's folder for this process alone."""
+    lock = FileLock(out / ".lock")
+    holder = out / ".holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        who = holder.read_text("utf-8") if holder.exists() else "unknown"
+        raise HeldError(
+            f"{out}: another process trains this run ({who}); wait until it ends, or stop it"
+        ) from error
+    try:
+        with storage(holder):
+            holder.write_text(f"host {socket.gethostname()}, pid {os.getpid()}", "utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+class _Signals:
+    """SIGINT and SIGTERM as a wish to stop, granted between two steps. A second one is obeyed.
+
+    Only the main thread may receive signals: elsewhere this does nothing.
+    """
+
+    _HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.caught: str | None = None
+
+    def __enter__(self) -> _Signals:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in self._HANDLED}
+            for number in self._HANDLED:
+                signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, _: FrameType | None) -> None:
+        if self.caught:
+            raise KeyboardInterrupt
+        self.caught = signal.Signals(number).name
+
+    def stop(self, where: str) -> None:
+        """Raise Interrupted if a signal came."""
+        if self.caught:
+            raise Interrupted(
+                f"stopped by {self.caught} {where}: run the same command again to go on"
+            )
