@@ -102,7 +102,7 @@ class Teacher(Section):
     name: Annotated[str, Field(min_length=1)]
     """A hub name, or a folder written with a leading `./`, `../` or `/`."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
-    """The hub commit, 40 digits; a branch moves, so it is refused. None for a folder."""
+    """The hub commit, 40 digits; a branch moves, so it is refused. A folder has none."""
     layer: int = -1
     """Whose output is kept: k for block k, -1 for the output of the final norm."""
     input: Literal["masked", "full"] = "masked"
