@@ -12,7 +12,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -241,57 +241,114 @@ _STYLE: dict[Any, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Figure:
+class _Panel:
+    """One pair of axes: a column of the metrics over steps, and its floors."""
+
+    key: str
+    label: str
+    floors: tuple[tuple[str, str, str], ...] = ()
+    """Key among the floors, colour, name."""
+    zero: bool = False
+    """Whether the axis starts at 0."""
+    least: float = 0.0
+    """The axis reaches at least this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chart:
+    name: str
     title: str
     caption: str
-    wide: bool
-    svg: markupsafe.Markup
+    panels: tuple[_Panel, ...]
+    wide: bool = False
+    """Panels side by side over the whole page, not one below the other."""
 
 
-def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[Any, Any]:
-    """At most _MOST_POINTS points, each the mean of its neighbours."""
-    x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
-    pieces = min(len(x), _MOST_POINTS)
-    if pieces < len(x):
-        x = np.array([part.mean() for part in np.array_split(x, pieces)])
-        y = np.array([part.mean() for part in np.array_split(y, pieces)])
-    return x, y
+_EMBEDDING_FLOORS = {
+    term: (
+        (f"mean_{term}", _MEAN, "floor: the mean"),
+        (f"kmer_{term}", _KMER, "floor: k-mer table"),
+    )
+    for term in ("align", "cosine")
+}
+_CHARTS = (
+    _Chart(
+        name="loss",
+        title="Loss",
+        caption="The weighted sum of both terms.",
+        panels=(_Panel(key="loss", label="total loss"),),
+    ),
+    _Chart(
+        name="align",
+        title="Alignment with the teacher",
+        caption="Error on visible k-mers; lower is better. The mean predictor knows nothing of "
+        "the sequence, the k-mer table nothing of context.",
+        panels=(
+            _Panel(key="align", label="mean squared error", floors=_EMBEDDING_FLOORS["align"]),
+        ),
+    ),
+    _Chart(
+        name="reconstruct",
+        title="Reconstruction of masked bases",
+        caption="Lower is better. Base frequencies are what a model without any context can reach.",
+        panels=(
+            _Panel(
+                key="reconstruct",
+                label="cross-entropy, nats",
+                floors=(("base_frequency_cross_entropy", _MEAN, "floor: base frequencies"),),
+            ),
+        ),
+    ),
+    _Chart(
+        name="accuracy",
+        title="Masked bases named correctly",
+        caption="Higher is better.",
+        panels=(
+            _Panel(
+                key="accuracy",
+                label="share right",
+                floors=(("base_frequency_accuracy", _MEAN, "floor: the commonest base"),),
+            ),
+        ),
+    ),
+    _Chart(
+        name="cosine",
+        title="Cosine with the teacher's embeddings",
+        caption="Higher is better; read it beside its floors, which need not be near 0.",
+        panels=(_Panel(key="cosine", label="cosine", floors=_EMBEDDING_FLOORS["cosine"]),),
+    ),
+    _Chart(
+        name="rate",
+        title="Learning rate and gradient",
+        caption="The norm is before clipping.",
+        panels=(
+            _Panel(key="lr", label="learning rate", zero=True),
+            _Panel(key="grad_norm", label="gradient norm", zero=True),
+        ),
+    ),
+    _Chart(
+        name="speed",
+        title="Speed, and time spent waiting for data",
+        caption="Since the line of metrics before. A share near 0 means that reading never held "
+        "up training.",
+        panels=(
+            _Panel(key="bases_per_second", label="bases a second", zero=True),
+            _Panel(key="wait_share", label="share waiting", zero=True, least=0.05),
+        ),
+        wide=True,
+    ),
+)
 
 
-def _series(ax: Axes, rows: Sequence[Row], key: str, *, held: bool, label: str) -> None:
-    kept = [row for row in rows if _numbers(row, "step", key)]
-    if not kept:
-        return
-    x, y = _thin([row["step"] for row in kept], [row[key] for row in kept])
-    if held:
-        ax.plot(x, y, color=_HELD, label=label, lw=1.6, marker="o", ms=4.5, zorder=4)
-    else:
-        marker = "o" if len(x) <= 40 else ""
-        ax.plot(x, y, color=_TRAIN, label=label, lw=1.4, marker=marker, ms=3.0, zorder=3)
-
-
-def _floor(ax: Axes, floors: Row | None, key: str, colour: str, label: str) -> None:
-    if floors is not None and _numbers(floors, key):
-        dashes = (5, 2) if colour == _KMER else (1.5, 1.5)
-        ax.axhline(floors[key], color=colour, lw=1.5, dashes=dashes, label=label, zorder=2)
-
-
-def _figure(
-    name: str,
-    title: str,
-    caption: str,
-    draw: Callable[[Sequence[Axes]], None],
-    *,
-    rows: int = 1,
-    columns: int = 1,
-) -> _Figure:
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(5.6 * columns, 3.4 if columns == 1 else 2.6), layout="constrained")
+def _draw(chart: _Chart, record: RunRecord) -> markupsafe.Markup:
+    """One chart as SVG to stand inside a page."""
+    rows, columns = (1, len(chart.panels)) if chart.wide else (len(chart.panels), 1)
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": chart.name}):
+        figure = Figure(figsize=(11.2, 2.6) if chart.wide else (5.6, 3.4), layout="constrained")
         figure.patch.set_alpha(0)
         axes = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
-        for ax in axes:
-            ax.patch.set_alpha(0)
-        draw(axes)
+        for ax, panel in zip(axes, chart.panels, strict=True):
+            _draw_panel(ax, panel, record)
         for ax in axes[-columns:]:
             ax.set_xlabel("step")
             ax.set_xlim(left=0)
@@ -305,105 +362,57 @@ def _figure(
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     for stand_in, colour in _INK.items():
         svg = svg.replace(stand_in, colour)
-    # Several figures share one page, so every id takes the figure's name.
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    opening = f'<svg role="img" aria-label="{markupsafe.escape(title)}" '
-    return _Figure(
-        title=title,
-        caption=caption,
-        wide=columns > 1,
-        svg=markupsafe.Markup(svg.replace("<svg ", opening, 1)),
-    )
+    # Several charts share one page, so every id takes the chart's name.
+    svg = re.sub(r'\bid="', f'id="{chart.name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{chart.name}-", svg)
+    svg = re.sub(r'href="#', f'href="#{chart.name}-', svg)
+    opening = f'<svg role="img" aria-label="{markupsafe.escape(chart.title)}" '
+    return markupsafe.Markup(svg.replace("<svg ", opening, 1))
 
 
-def _figures(record: RunRecord) -> list[_Figure]:
-    train, held, floors = record.train, record.validation, record.floors
-    if not train:
-        return []
+def _draw_panel(ax: Axes, panel: _Panel, record: RunRecord) -> None:
+    ax.patch.set_alpha(0)
+    ax.set_ylabel(panel.label)
+    x, y = _thin(record.train, panel.key)
+    marker = "o" if len(x) <= 40 else ""
+    ax.plot(x, y, color=_TRAIN, label="training batches", lw=1.4, marker=marker, ms=3, zorder=3)
+    x, y = _thin(record.validation, panel.key)
+    if len(x):
+        ax.plot(x, y, color=_HELD, label="held out", lw=1.6, marker="o", ms=4.5, zorder=4)
+    for key, colour, label in panel.floors:
+        if record.floors is not None and _numbers(record.floors, key):
+            dashes = (5, 2) if colour == _KMER else (1.5, 1.5)
+            level = record.floors[key]
+            ax.axhline(level, color=colour, lw=1.5, dashes=dashes, label=label, zorder=2)
+    if panel.zero:
+        ax.set_ylim(bottom=0, top=max(ax.get_ylim()[1], panel.least))
 
-    def both(ax: Axes, key: str) -> None:
-        _series(ax, train, key, held=False, label="training batches")
-        _series(ax, held, key, held=True, label="held out")
 
-    def loss(axes: Sequence[Axes]) -> None:
-        both(axes[0], "loss")
-        axes[0].set_ylabel("total loss")
+def _thin(rows: Sequence[Row], key: str) -> tuple[Any, Any]:
+    """Steps and values, at most _MOST_POINTS of them, each the mean of its neighbours."""
+    kept = [row for row in rows if _numbers(row, "step", key)]
+    x = np.array([row["step"] for row in kept], dtype=float)
+    y = np.array([row[key] for row in kept], dtype=float)
+    if len(x) > _MOST_POINTS:
+        x = np.array([piece.mean() for piece in np.array_split(x, _MOST_POINTS)])
+        y = np.array([piece.mean() for piece in np.array_split(y, _MOST_POINTS)])
+    return x, y
 
-    def align(axes: Sequence[Axes]) -> None:
-        both(axes[0], "align")
-        _floor(axes[0], floors, "mean_align", _MEAN, "floor: the mean")
-        _floor(axes[0], floors, "kmer_align", _KMER, "floor: k-mer table")
-        axes[0].set_ylabel("mean squared error")
 
-    def cosine(axes: Sequence[Axes]) -> None:
-        both(axes[0], "cosine")
-        _floor(axes[0], floors, "mean_cosine", _MEAN, "floor: the mean")
-        _floor(axes[0], floors, "kmer_cosine", _KMER, "floor: k-mer table")
-        axes[0].set_ylabel("cosine")
-
-    def reconstruct(axes: Sequence[Axes]) -> None:
-        both(axes[0], "reconstruct")
-        key = "base_frequency_cross_entropy"
-        _floor(axes[0], floors, key, _MEAN, "floor: base frequencies")
-        axes[0].set_ylabel("cross-entropy, nats")
-
-    def accuracy(axes: Sequence[Axes]) -> None:
-        both(axes[0], "accuracy")
-        _floor(axes[0], floors, "base_frequency_accuracy", _MEAN, "floor: the commonest base")
-        axes[0].set_ylabel("share right")
-
-    def rate(axes: Sequence[Axes]) -> None:
-        for ax, key, label in zip(
-            axes, ("lr", "grad_norm"), ("learning rate", "gradient norm"), strict=True
-        ):
-            _series(ax, train, key, held=False, label=label)
-            ax.set_ylabel(label)
-            ax.set_ylim(bottom=0)
-
-    def speed(axes: Sequence[Axes]) -> None:
-        _series(axes[0], train, "bases_per_second", held=False, label="bases a second")
-        axes[0].set_ylabel("bases a second")
-        _series(axes[1], train, "wait_share", held=False, label="waiting for data")
-        axes[1].set_ylabel("share waiting")
-        for ax in axes:
-            ax.set_ylim(bottom=0)
-        axes[1].set_ylim(top=max(0.05, axes[1].get_ylim()[1]))
-
-    thinned = len(train) > _MOST_POINTS
-    note = f" Lines of metrics are averaged to {_MOST_POINTS} points." if thinned else ""
+def _figures(record: RunRecord) -> list[dict[str, Any]]:
+    """The charts of everything that was measured; a term of weight 0 has none."""
+    note = ""
+    if len(record.train) > _MOST_POINTS:
+        note = f" Lines of metrics are averaged to {_MOST_POINTS} points."
     return [
-        _figure("loss", "Loss", "The weighted sum of both terms." + note, loss),
-        _figure(
-            "align",
-            "Alignment with the teacher",
-            "Error on visible k-mers; lower is better. The mean predictor knows nothing of the "
-            "sequence, the k-mer table nothing of context.",
-            align,
-        ),
-        _figure(
-            "reconstruct",
-            "Reconstruction of masked bases",
-            "Lower is better. Base frequencies are what a model without any context can reach.",
-            reconstruct,
-        ),
-        _figure("accuracy", "Masked bases named correctly", "Higher is better.", accuracy),
-        _figure(
-            "cosine",
-            "Cosine with the teacher's embeddings",
-            "Higher is better; read it beside its floors, which start far above 0.",
-            cosine,
-        ),
-        _figure("rate", "Learning rate and gradient", "The norm is before clipping.", rate, rows=2),
-        _figure(
-            "speed",
-            "Speed, and time spent waiting for data",
-            "Since the line of metrics before. A share near 0 means that reading never held up "
-            "training.",
-            speed,
-            columns=2,
-        ),
+        {
+            "title": chart.title,
+            "caption": chart.caption + note,
+            "wide": chart.wide,
+            "svg": _draw(chart, record),
+        }
+        for chart in _CHARTS
+        if any(_numbers(row, panel.key) for panel in chart.panels for row in record.train)
     ]
 
 

@@ -196,6 +196,18 @@ def test_a_run_without_held_out_windows_says_so(tmp_path: Path) -> None:
     assert "floor:" not in text
 
 
+def test_a_term_of_weight_0_has_no_chart_and_no_sentence(tmp_path: Path) -> None:
+    rows = [train_row(10), validation_row(55), train_row(STEPS), validation_row(STEPS)]
+    for row in rows:
+        del row["align"], row["cosine"]
+    run = write_run(tmp_path / "rec", [FLOORS, *rows])
+    page = Page(write_report(run).read_text("utf-8"))
+    assert page.tags.count("figure") == 5
+    assert "Alignment with the teacher" not in page.said
+    assert "Masked-base accuracy" in page.said
+    assert "k-mer table (" not in page.said
+
+
 def test_a_partial_run_says_how_far_it_got(tmp_path: Path) -> None:
     run = write_run(tmp_path / "half", [FLOORS, train_row(10), validation_row(55), train_row(60)])
     page = Page(write_report(run).read_text("utf-8"))
