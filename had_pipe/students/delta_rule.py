@@ -137,23 +137,24 @@ class _ChunkedRule(torch.autograd.Function):
         solve_XCC = torch.linalg.solve_triangular(
             overlap_XCC * beta_XC1, eye_CC, upper=False, unitriangular=True
         )
-        right_XCD = torch.cat([k_XCK * (beta_XC1 * start_XC1), v_XCV * beta_XC1], dim=-1)
-        left_XCD = torch.bmm(solve_XCC, right_XCD)
-        seen_XCK, own_XCV = left_XCD[..., :K], left_XCD[..., K:]  # u = own - seen h
+        # u = own - seen h
+        seen_XCK = torch.bmm(solve_XCC, k_XCK * (beta_XC1 * start_XC1))
+        own_XCV = torch.bmm(solve_XCC, v_XCV * beta_XC1)
 
-        # Put in, u makes the states a linear recurrence: h' = carry h + write.
-        step_XKD = torch.bmm((k_XCK * end_XC1).mT, left_XCD)
-        carry_XKK = step_XKD[..., :K].neg()
+        # Put in, u makes the states a linear recurrence: h' = carry h + E^T own.
+        e_XKC = (k_XCK * end_XC1).mT
+        carry_XKK = torch.bmm(e_XKC, seen_XCK).neg_()
         carry_XKK.diagonal(dim1=1, dim2=2).add_(start_XC1[:, -1])
-        carry_NYKK = carry_XKK.view(N, -1, K, K)
-        write_NYKV = step_XKD.view(N, -1, K, K + V)[..., K:]
-        h_XKV = torch.empty_like(step_XKD[..., K:], memory_format=torch.contiguous_format)
-        h_NYKV = h_XKV.view(N, -1, K, V)
+        h_NYKV = q_XCK.new_empty(N, B * H, K, V)
         h_NYKV[0] = 0
+        later = (N - 1) * B * H
+        torch.bmm(e_XKC[:later], own_XCV[:later], out=h_NYKV[1:].view(later, K, V))
+        carry_NYKK = carry_XKK.view(N, -1, K, K)
         for n in range(N - 1):
-            torch.baddbmm(write_NYKV[n], carry_NYKK[n], h_NYKV[n], out=h_NYKV[n + 1])
+            h_NYKV[n + 1].baddbmm_(carry_NYKK[n], h_NYKV[n])
+        h_XKV = h_NYKV.view(-1, K, V)
 
-        u_XCV = torch.baddbmm(own_XCV, seen_XCK, h_XKV, alpha=-1)
+        u_XCV = own_XCV.baddbmm_(seen_XCK, h_XKV, alpha=-1)
         mix_XCC = torch.bmm(q_XCK, k_XCK.mT).mul_(decay_XCC).mul_(K**-0.5)
         o_XCV = torch.bmm(mix_XCC, u_XCV)
         o_XCV.baddbmm_(q_XCK * (start_XC1 * K**-0.5), h_XKV)
@@ -176,18 +177,18 @@ class _ChunkedRule(torch.autograd.Function):
         scale = K**-0.5
         d_o_XCV = _cut(d_o_BSHV, C)
 
-        # Through the states, last chunk first. after_n is the gradient of the state chunk n leaves;
-        # nobody reads what the last one leaves.
+        # Through the states, last chunk first; nobody reads what the last one leaves.
         d_u_XCV = torch.bmm(mix_XCC.mT, d_o_XCV)
-        d_h_XKV = torch.bmm((q_XCK * (start_XC1 * scale)).mT, d_o_XCV)
+        Y, V = B * H, d_o_XCV.shape[-1]
+        d_h_NYKV = torch.empty(N + 1, Y, K, V, dtype=d_o_XCV.dtype, device=d_o_XCV.device)
+        d_h_NYKV[N] = 0
+        d_h_XKV = d_h_NYKV[:N].view(-1, K, V)
+        torch.bmm((q_XCK * (start_XC1 * scale)).mT, d_o_XCV, out=d_h_XKV)
         d_h_XKV.baddbmm_(seen_XCK.mT, d_u_XCV, alpha=-1)
-        after_XKV = torch.empty_like(d_h_XKV)
-        after_NYKV, d_h_NYKV, carry_NYKK = (
-            t.view(N, -1, *t.shape[1:]) for t in (after_XKV, d_h_XKV, carry_XKK)
-        )
-        after_NYKV[-1] = 0
+        carry_NYKK = carry_XKK.view(N, Y, K, K)
         for n in range(N - 1, 0, -1):
-            torch.baddbmm(d_h_NYKV[n], carry_NYKK[n].mT, after_NYKV[n], out=after_NYKV[n - 1])
+            d_h_NYKV[n].baddbmm_(carry_NYKK[n].mT, d_h_NYKV[n + 1])
+        after_XKV = d_h_NYKV[1:].view(-1, K, V)
 
         # Through u, the triangular system and the two products of keys and queries.
         d_u_XCV.baddbmm_(k_XCK * end_XC1, after_XKV)
