@@ -189,7 +189,7 @@ def test_the_self_check_finds_a_series_that_explodes_on_repeats() -> None:
 
     fault = find_fault(explodes, device=CPU)
     assert fault is not None
-    assert "equal keys" in fault
+    assert "equal keys, torch.float32" in fault
 
 
 def test_the_self_check_survives_a_kernel_that_refuses() -> None:

@@ -293,13 +293,19 @@ def _cuda_kernel(index: int) -> Kernel:
 def find_fault(rule: Rule, *, device: torch.device) -> str | None:
     """What is wrong with another implementation of the rule; None where it agrees with ours.
 
-    Compared are outputs and all gradients in float32, at lengths that do not fill a chunk, with
-    keys at random and with one key throughout (poly-A). Triton 3.4 to 3.7.0 gives wrong gradients
-    of keys, decays and betas on Hopper, silently, so no kernel is trusted before this.
+    Compared are outputs and all gradients, at lengths that do not fill a chunk, with keys at random
+    and with one key throughout (poly-A). Triton 3.4 to 3.7.0 gives wrong gradients of keys, decays
+    and betas on Hopper, silently, so no kernel is trusted before this.
     """
-    tolerance = 2e-2  # of the largest value; kernels may round products to 10 bits (tf32)
+    # Shares of the largest value. Kernels may round the factors of float32 products to 10 bits
+    # (tf32), which equal keys amplify; a miscompiled gradient is off by more than its own size.
+    trials = (
+        (torch.float32, "random", 2e-2),
+        (torch.float32, "equal", 1e-1),
+        (torch.bfloat16, "random", 1e-1),
+    )
     for S in (90, 150):
-        for keys in ("random", "equal"):
+        for dtype, keys, tolerance in trials:
             try:
                 # The first call may come from inside an evaluation; the check needs gradients.
                 with (
@@ -307,17 +313,25 @@ def find_fault(rule: Rule, *, device: torch.device) -> str | None:
                     torch.enable_grad(),
                     torch.autocast(device.type, enabled=False),
                 ):
-                    fault = _compare(rule, device=device, S=S, keys=keys, tolerance=tolerance)
+                    fault = _compare(
+                        rule, device=device, S=S, keys=keys, dtype=dtype, tolerance=tolerance
+                    )
             # A kernel of another library may refuse or fail in any way; all mean: not this one.
             except Exception as error:
                 return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             if fault is not None:
-                return f"{fault} ({S} positions, {keys} keys)"
+                return f"{fault} ({S} positions, {keys} keys, {dtype})"
     return None
 
 
 def _compare(
-    rule: Rule, *, device: torch.device, S: int, keys: str, tolerance: float
+    rule: Rule,
+    *,
+    device: torch.device,
+    S: int,
+    keys: str,
+    dtype: torch.dtype,
+    tolerance: float,
 ) -> str | None:
     B, H, K, V = 2, 3, 32, 64
     random = torch.Generator().manual_seed(0)
@@ -333,7 +347,10 @@ def _compare(
         -0.1 * F.softplus(normal(B, S, H)),
         torch.sigmoid(normal(B, S, H) + 2),
     ]
-    inputs = [t.contiguous().to(device).requires_grad_() for t in inputs]
+    inputs = [t.contiguous().to(device) for t in inputs]
+    inputs = [t.to(dtype).requires_grad_() for t in inputs[:3]] + [
+        t.requires_grad_() for t in inputs[3:]
+    ]
     weight = normal(B, S, H, V).to(device)
     found, expected = (
         [o, *torch.autograd.grad((o * weight).sum(), inputs)]
