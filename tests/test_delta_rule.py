@@ -144,8 +144,9 @@ def test_later_positions_never_reach_back() -> None:
 def test_under_autocast_the_state_stays_in_single_precision() -> None:
     inputs = [x.float() for x in some_inputs(S=90)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = gated_delta_rule(*inputs)
-    assert torch.equal(inside, gated_delta_rule(*inputs))
+        inside = with_gradients(gated_delta_rule, inputs, torch.float32)
+    for a, b in zip(inside, with_gradients(gated_delta_rule, inputs, torch.float32), strict=True):
+        assert torch.equal(a, b)
     half = [x.bfloat16() for x in inputs[:3]]
     assert gated_delta_rule(*half, *inputs[3:]).dtype == torch.bfloat16
 

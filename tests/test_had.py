@@ -179,8 +179,10 @@ def test_the_tokenizer_reads_letters_and_adds_nothing() -> None:
 
 
 def test_masked_language_logits_are_the_decoders_at_the_four_bases() -> None:
-    student = small_student()
-    model = HADForMaskedLM.of(student, BaseDecoder(16, 2)).eval()
+    student, decoder = small_student(), BaseDecoder(16, 2)
+    before = torch.get_rng_state()
+    model = HADForMaskedLM.of(student, decoder).eval()
+    assert torch.equal(torch.get_rng_state(), before)
     ids_BS = some_bases(2, 30)
     labels = torch.full_like(ids_BS, -100)
     labels[:, 6:12] = ids_BS[:, 6:12]

@@ -97,7 +97,8 @@ def chunked_rule(
 
 
 class _ChunkedRule(torch.autograd.Function):
-    """The rule chunk by chunk, with its backward pass by hand: 1.5 times as fast on a CPU.
+    """The rule chunk by chunk, its backward pass by hand: on a CPU 1.5 times as fast as
+    autograd's.
 
     All is batched over X = N B H chunk matrices; rows are positions of a chunk. With g the log
     decay since the chunk's start and h the transposed state before the chunk, position i writes
@@ -168,6 +169,11 @@ class _ChunkedRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_o_BSHV: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(d_o_BSHV.device.type, enabled=False):
+            return (*_ChunkedRule._gradients(ctx, d_o_BSHV), None)
+
+    @staticmethod
+    def _gradients(ctx: Any, d_o_BSHV: Tensor) -> tuple[Tensor, ...]:
         (
             q_XCK, k_XCK, v_XCV, beta_XC1, start_XC1, end_XC1, decay_XCC,
             overlap_XCC, solve_XCC, seen_XCK, carry_XKK, h_XKV, u_XCV, mix_XCC,
@@ -225,7 +231,6 @@ class _ChunkedRule(torch.autograd.Function):
         return (
             *(_join(t, B, S, H) for t in (d_q_XCK, d_k_XCK, d_v_XCV)),
             *(_join(t, B, S, H).squeeze(-1) for t in (d_log_decay_XC1, d_beta_XC1)),
-            None,
         )
 
 

@@ -291,7 +291,8 @@ class HADForMaskedLM(HADPreTrainedModel):
     @classmethod
     def of(cls, student: HADModel, decoder: BaseDecoder) -> HADForMaskedLM:
         """The two put together; they stay what they are, nothing is copied."""
-        model = cls(student.config)
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are thrown away
+            model = cls(student.config)
         model.had, model.decoder = student, decoder
         return model
 
