@@ -41,6 +41,11 @@ _STREAMS = 8
 _GROUP = 2
 _RUN = 32
 
+_SLOTS = 4
+"""Batches read ahead at most; more only holds memory."""
+_DECODED_AT_ONCE = 1 << 18
+"""Elements of an embedding decoded in one go on a CPU."""
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -227,7 +232,7 @@ class Stream:
 
     @property
     def wait_seconds(self) -> float:
-        """How long the caller has been kept waiting in `next`, decoding on a CPU included."""
+        """How long the caller has been kept waiting in `next`."""
         return self._feed.wait_seconds
 
     def close(self) -> None:
@@ -390,6 +395,8 @@ class _Slot:
         self.position = -1
         self.spans: tuple[Span, ...] = ()
         self.reads: list[Future[None]] = []
+        self.target: Tensor | None = None
+        """Decoded by the reading threads, where there is no GPU to do it; new for every batch."""
         self.copied: torch.cuda.Event | None = None
         """Set when a GPU has been told to copy from here: not before it has may we write."""
 
@@ -398,8 +405,8 @@ class _Feed:
     """Reads planned batches ahead with a few threads and hands them over in order.
 
     Threads, not processes: reading releases the interpreter lock, and memory is shared without a
-    copy. A slot is written again only after its batch was decoded (on a GPU: after the copies have
-    finished), so a batch handed out never changes.
+    copy. Without a GPU the same threads decode. A slot is written again only after its batch was
+    handed out (with a GPU: after the copies have finished), so a batch never changes.
     """
 
     def __init__(
@@ -429,8 +436,10 @@ class _Feed:
             for i, template in enumerate(templates)
             if kinds.index(kinds[i]) == i
         )
+        if not pinned:
+            nbytes += windows * templates[0].value.size * 4  # the decoded targets
         self._free: list[_Slot] = []
-        for _ in range(max(2, min(8, prefetch // max(1, nbytes)))):
+        for _ in range(max(2, min(_SLOTS, prefetch // max(1, nbytes)))):
             blocks: list[Block] = []
             for i, template in enumerate(templates):
                 same = kinds.index(kinds[i])
@@ -439,9 +448,10 @@ class _Feed:
         self._reading: deque[_Slot] = deque()
         self._staged: deque[tuple[Batch, torch.cuda.Event]] = deque()
         self._side = torch.cuda.Stream(device) if pinned else None
+        self._decoding = True
         self._statistics = [
-            (torch.tensor(cache.mean, device=device), torch.tensor(cache.std, device=device))
-            for cache in caches
+            tuple(torch.tensor(array, device=device) for array in (cache.mean, cache.std))
+            for cache in (caches if pinned else [])
         ]
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="had-pipe-read")
 
@@ -456,7 +466,9 @@ class _Feed:
             self.wait_seconds += perf_counter() - begun
 
     def blocks(self) -> Iterator[tuple[Block, ...]]:
-        """Batches as stored, each cache's windows a block, valid until the next is asked for."""
+        """Batches as stored, each span's windows a block, valid until the next is asked for."""
+        assert not self._reading
+        self._decoding = False
         while (slot := self._take()) is not None:
             parts, first = [], 0
             for span in slot.spans:
@@ -472,7 +484,7 @@ class _Feed:
         slot = self._take()
         if slot is None:
             raise StopIteration
-        batch = self._decode(slot)
+        batch = self._batch(slot)
         self._free.append(slot)
         self._read_ahead()
         return batch
@@ -498,7 +510,7 @@ class _Feed:
         if slot is None:
             return
         with torch.cuda.stream(self._side):
-            batch = self._decode(slot)
+            batch = self._batch(slot)
             ready = torch.cuda.Event()
             ready.record()
         slot.copied = ready
@@ -519,15 +531,17 @@ class _Feed:
                 slot.copied = None
             slot.position, slot.spans = position, spans
             slot.reads = []
+            slot.target = None
+            if self._decoding and self._side is None:
+                shape = slot.blocks[0].value.shape[1:]
+                slot.target = torch.empty(sum(len(span.row) for span in spans), *shape)
             step = -(-sum(len(span.row) for span in spans) // self._threads)
             first = 0
             for span in spans:
                 for begin in range(0, len(span.row), step):
                     rows = span.row[begin : begin + step]
-                    out = _part(slot.blocks[span.cache], first + begin, first + begin + len(rows))
-                    cache = self._caches[span.cache]
                     slot.reads.append(
-                        self._pool.submit(cache.read, self._split, span.view, rows, out)
+                        self._pool.submit(self._read, slot, span, rows, first + begin)
                     )
                 first += len(span.row)
             self._reading.append(slot)
@@ -542,40 +556,53 @@ class _Feed:
             read.result()
         return slot
 
-    def _decode(self, slot: _Slot) -> Batch:
+    def _read(self, slot: _Slot, span: Span, rows: Rows, first: int) -> None:
+        """In a thread: some windows of a span to the places from `first` on."""
+        end, cache = first + len(rows), self._caches[span.cache]
+        block = _part(slot.blocks[span.cache], first, end)
+        cache.read(self._split, span.view, rows, block)
+        slot.mask[first:end] = block.mask
+        slot.kmer_id[first:end] = np.where(
+            block.reversed[:, None], kmers.reverse_complement(block.kmer_id), block.kmer_id
+        )
+        if slot.target is None:
+            return
+        target = slot.target[first:end].numpy()
+        # A few windows at a time, so that what lies between the steps of decoding stays cached;
+        # by NumPy, because torch would set threads of its own to each of these.
+        some = max(1, _DECODED_AT_ONCE // block.value[0].size)
+        for i in range(0, len(rows), some):
+            part = slice(i, i + some)
+            scale = None if block.scale is None else block.scale[part]
+            target[part] = cache.codec.decode(
+                block.value[part], scale, cache.mean, cache.std, space=self._space
+            )
+
+    def _batch(self, slot: _Slot) -> Batch:
         windows = sum(len(span.row) for span in slot.spans)
-        targets = []
-        first = 0
-        while first < windows:
-            # Spans of one cache differ only in their view: they are decoded together.
-            cache = _cache_at(slot.spans, first)
-            end = first + sum(len(span.row) for span in slot.spans if span.cache == cache)
-            block = _part(slot.blocks[cache], first, end)
-            kmer_id = np.where(
-                block.reversed[:, None], kmers.reverse_complement(block.kmer_id), block.kmer_id
-            )
-            slot.kmer_id[first:end] = kmer_id
-            slot.mask[first:end] = block.mask
-            mean, std = self._statistics[cache]
-            value = torch.from_numpy(block.value).to(self._device, non_blocking=True)
-            scale = (
-                None
-                if block.scale is None
-                else torch.from_numpy(block.scale).to(self._device, non_blocking=True)
-            )
-            codec = self._caches[cache].codec
-            target = codec.decode(value, scale, mean, std, space=self._space)
-            # Exact float32 needs no decoding, and would go out as a view of the slot.
-            own = self._side is not None or target.data_ptr() != value.data_ptr()
-            targets.append(target if own else target.clone())
-            first = end
         return Batch(
             kmer_id=self._owned(slot.kmer_id[:windows]),
             mask=self._owned(slot.mask[:windows]),
-            target=targets[0] if len(targets) == 1 else torch.cat(targets),
+            target=self._decode(slot) if slot.target is None else slot.target,
             position=slot.position,
             spans=slot.spans,
         )
+
+    def _decode(self, slot: _Slot) -> Tensor:
+        """On the GPU, cache by cache."""
+        targets, first = [], 0
+        for i in sorted({span.cache for span in slot.spans}):
+            end = first + sum(len(span.row) for span in slot.spans if span.cache == i)
+            block = _part(slot.blocks[i], first, end)
+            value, scale = (
+                None if a is None else torch.from_numpy(a).to(self._device, non_blocking=True)
+                for a in (block.value, block.scale)
+            )
+            mean, std = self._statistics[i]
+            codec = self._caches[i].codec
+            targets.append(codec.decode(value, scale, mean, std, space=self._space))
+            first = end
+        return targets[0] if len(targets) == 1 else torch.cat(targets)
 
     def _owned(self, array: npt.NDArray[Any]) -> Tensor:
         """A tensor on the device that does not share the slot's memory."""
@@ -583,11 +610,3 @@ class _Feed:
         if self._side is None:
             return tensor.clone()
         return tensor.to(self._device, non_blocking=True)
-
-
-def _cache_at(spans: tuple[Span, ...], place: int) -> int:
-    for span in spans:
-        if place < len(span.row):
-            return span.cache
-        place -= len(span.row)
-    raise AssertionError("no such place")

@@ -1,0 +1,371 @@
+"""The order of windows, tested on numbers; and the stream, tested against the cache it reads."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_cache import build_cache
+
+from had_pipe.cache import Cache
+from had_pipe.dna import kmers
+from had_pipe.draws import Purpose, draws, permutation
+from had_pipe.errors import CacheCorrupt, CacheMismatch, RecipeError
+from had_pipe.stream import Batch, Corpus, Order, Stream, first_windows, require_alike
+
+corpora = st.lists(
+    st.builds(Corpus, windows=st.integers(1, 700), part=st.integers(1, 150)),
+    min_size=1,
+    max_size=3,
+)
+seeds = st.integers(0, 2**63)
+
+
+# The order
+
+
+@given(corpora=corpora, seed=seeds, epoch=st.integers(0, 2**40))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_is_every_window_exactly_once(
+    corpora: Sequence[Corpus], seed: int, epoch: int
+) -> None:
+    order = Order(corpora, seed=seed)
+    assert order.windows == sum(corpus.windows for corpus in corpora)
+    assert np.array_equal(np.sort(order.epoch(epoch)), np.arange(order.windows))
+
+
+@given(corpora=corpora, seed=seeds, first=st.integers(0, 3000), count=st.integers(1, 900))
+@settings(max_examples=60, deadline=None)
+def test_any_place_is_known_without_those_before_it(
+    corpora: Sequence[Corpus], seed: int, first: int, count: int
+) -> None:
+    whole = Order(corpora, seed=seed)
+    epochs = -(-(first + count) // whole.windows)
+    numbers = np.concatenate([whole.epoch(epoch) for epoch in range(epochs)])
+    epoch_P, number_P = Order(corpora, seed=seed).at(first, count)
+    assert np.array_equal(number_P, numbers[first : first + count])
+    assert np.array_equal(epoch_P, np.arange(first, first + count) // whole.windows)
+
+
+def by_hand(corpora: Sequence[Corpus], seed: int, epoch: int) -> list[int]:
+    """One epoch as its description reads, with lists."""
+    shards: list[list[int]] = []
+    base = 0
+    for corpus in corpora:
+        rows = list(range(base, base + corpus.windows))
+        shards += [rows[i : i + corpus.part] for i in range(0, len(rows), corpus.part)]
+        base += corpus.windows
+    runs = [
+        (i, shard[first : first + 32])
+        for i, shard in enumerate(shards)
+        for first in range(0, len(shard), 32)
+    ]
+    key = draws(Purpose.EPOCH_RUNS, seed, epoch, first=0, rows=len(runs), columns=1)[:, 0].tolist()
+    dealt = permutation(Purpose.EPOCH_SHARDS, seed, epoch, len(shards)).tolist()
+    due: list[tuple[int, int, int]] = []
+    streams = min(8, len(shards))
+    for stream in range(streams):
+        mine = dealt[stream::streams]
+        windows: list[int] = []
+        for first in range(0, len(mine), 2):
+            group = mine[first : first + 2]
+            chosen = sorted((key[n], n) for n, (shard, _) in enumerate(runs) if shard in group)
+            windows += [window for _, n in chosen for window in runs[n][1]]
+        for i, window in enumerate(windows):
+            due.append(((2 * i + 1) * base // len(windows), stream, window))
+    return [window for _, _, window in sorted(due, key=lambda item: item[:2])]
+
+
+@given(corpora=corpora, seed=seeds, epoch=st.integers(0, 2**40))
+@settings(max_examples=40, deadline=None)
+def test_the_order_is_the_one_described(corpora: Sequence[Corpus], seed: int, epoch: int) -> None:
+    assert Order(corpora, seed=seed).epoch(epoch).tolist() == by_hand(corpora, seed, epoch)
+
+
+def test_the_order_of_version_1_stays_what_it_is() -> None:
+    order = Order([Corpus(1000, 128)], seed=0)
+    assert order.epoch(0)[:24].tolist() == [
+        800, 672, 128, 448, 320, 512, 96, 960, 801, 673, 129, 449,
+        321, 513, 97, 961, 802, 674, 130, 450, 322, 514, 98, 962,
+    ]  # fmt: skip
+    assert order.epoch(1)[:8].tolist() == [576, 32, 640, 480, 256, 160, 864, 992]
+    two = Order([Corpus(300, 64), Corpus(200, 50)], seed=7)
+    assert two.epoch(0)[:12].tolist() == [332, 64, 128, 224, 382, 400, 482, 288, 333, 334, 65, 129]
+    large = Order([Corpus(100_003, 1024), Corpus(5_000, 512)], seed=2**63 + 11)
+    found = hashlib.sha256(large.epoch(123).astype("<i8").tobytes()).hexdigest()
+    assert found == ("2f497c8a44aab26ef43cf6c33c03c925731b173510047bc2c2caf4a7343e4b4d")
+
+
+def test_seeds_and_epochs_give_orders_of_their_own() -> None:
+    orders = [
+        Order([Corpus(600, 32)], seed=seed).epoch(epoch).tobytes()
+        for seed in (0, 1)
+        for epoch in (0, 1, 2)
+    ]
+    assert len(set(orders)) == len(orders)
+
+
+def test_every_stretch_takes_its_share_of_every_eighth_of_the_shards() -> None:
+    order = Order([Corpus(16 * 256, 256)], seed=3).epoch(0)
+    for first in range(0, len(order), 256):
+        shards = Counter((order[first : first + 256] // 256).tolist())
+        # Eight streams of two shards: 32 windows of each stream, from whichever of its shards.
+        assert len(shards) >= 8
+        assert max(shards.values()) <= 32
+
+
+def test_reads_are_long_runs_of_neighbours() -> None:
+    order = Order([Corpus(16 * 1024, 1024)], seed=3).epoch(0)
+    stretches = [np.sort(order[first : first + 256]) for first in range(0, len(order), 256)]
+    runs = np.mean([np.count_nonzero(np.diff(rows) != 1) + 1 for rows in stretches])
+    assert runs <= 16  # 256 windows in at most 16 reads
+
+
+# The stream
+
+
+def open_cache(folder: Path, **settings: Any) -> Cache:
+    return Cache.open(build_cache(folder, **settings))
+
+
+def expected(caches: Sequence[Cache], batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
+    """The batch read slowly: window by window, decoded by NumPy, complemented as letters."""
+    ids, masks, targets = [], [], []
+    for span in batch.spans:
+        cache = caches[span.cache]
+        for row in span.row:
+            block = cache.allocate(1)
+            cache.read("train", span.view, np.array([row]), block)
+            text = "".join(kmers.spell(int(k)) for k in block.kmer_id[0])
+            if block.reversed[0]:
+                text = text[::-1].translate(str.maketrans("ACGT", "TGCA"))
+            base = np.array([["ACGT".index(letter) for letter in text]], dtype=np.uint8)
+            ids.append(kmers.encode_kmers(base)[0])
+            masks.append(block.mask[0])
+            targets.append(cache.codec.decode(block.value, block.scale, cache.mean, cache.std)[0])
+    return {"kmer_id": np.stack(ids), "mask": np.stack(masks), "target": np.stack(targets)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"codec": "int8"}, id="int8"),
+        pytest.param({"codec": "exact"}, id="exact"),
+    ],
+)
+def test_a_batch_holds_what_the_cache_holds(tmp_path: Path, settings: dict[str, Any]) -> None:
+    cache = open_cache(tmp_path / "a", windows=96, part=32, views=2, **settings)
+    with Stream([cache], batch=20, seed=1) as stream:
+        batches = list(islice(stream, 12))
+    assert any(len({span.view for span in batch.spans}) == 2 for batch in batches)
+    # Compared only now: batches stay what they were while later ones are read.
+    for batch in batches:
+        slow = expected([cache], batch)
+        assert batch.kmer_id.dtype == torch.int64
+        assert np.array_equal(batch.kmer_id.numpy(), slow["kmer_id"])
+        assert np.array_equal(batch.mask.numpy(), slow["mask"])
+        np.testing.assert_allclose(batch.target.numpy(), slow["target"], rtol=1e-6, atol=1e-6)
+
+
+def test_epochs_take_views_in_turn_and_every_window_once(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "a", windows=60, part=16, views=2)
+    with Stream([cache], batch=7, seed=1) as stream:
+        seen: Counter[tuple[int, int]] = Counter()
+        for batch in islice(stream, 60 * 4 // 7 + 1):
+            for span in batch.spans:
+                assert span.view == span.epoch % 2
+                seen.update((span.epoch, int(row)) for row in span.row)
+    for epoch in range(4):
+        assert [seen[epoch, row] for row in range(60)] == [1] * 60
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_any_number_of_ranks_reads_the_same_global_batches(tmp_path: Path, ranks: int) -> None:
+    cache = open_cache(tmp_path / "a", windows=50, part=16)
+
+    def windows_of(batch: Batch) -> list[tuple[int, int]]:
+        return [(span.epoch, int(row)) for span in batch.spans for row in span.row]
+
+    with Stream([cache], batch=12, seed=5) as one:
+        whole = [sorted(windows_of(batch)) for batch in islice(one, 9)]
+    shares = []
+    for rank in range(ranks):
+        with Stream([cache], batch=12, seed=5, rank=rank, ranks=ranks) as stream:
+            shares.append([windows_of(batch) for batch in islice(stream, 9)])
+    assert all(len(windows) == 12 // ranks for share in shares for windows in share)
+    assert whole == [
+        sorted(window for part in parts for window in part) for parts in zip(*shares, strict=True)
+    ]
+
+
+def test_a_stream_goes_on_at_any_batch(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "a", windows=50, part=16)
+    with Stream([cache], batch=12, seed=5) as stream:
+        whole = list(islice(stream, 10))
+    with Stream([cache], batch=12, seed=5, start=6) as stream:
+        for batch, again in zip(whole[6:], stream, strict=False):
+            assert batch.position == again.position
+            assert torch.equal(batch.kmer_id, again.kmer_id)
+            assert torch.equal(batch.mask, again.mask)
+            assert torch.equal(batch.target, again.target)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("prefetch", [1, 1 << 20])
+def test_threads_and_read_ahead_change_nothing(tmp_path: Path, threads: int, prefetch: int) -> None:
+    cache = open_cache(tmp_path / "a", windows=50, part=16)
+    with Stream([cache], batch=12, seed=5, threads=1) as stream:
+        whole = list(islice(stream, 8))
+    with Stream([cache], batch=12, seed=5, threads=threads, prefetch=prefetch) as stream:
+        for batch, again in zip(whole, stream, strict=False):
+            assert torch.equal(batch.target, again.target)
+            assert torch.equal(batch.kmer_id, again.kmer_id)
+
+
+def test_several_caches_make_one_epoch_also_where_codecs_and_statistics_differ(
+    tmp_path: Path,
+) -> None:
+    caches = [
+        open_cache(tmp_path / "a", windows=50, part=16, seed=0, codec="int8"),
+        open_cache(tmp_path / "b", windows=30, part=16, seed=1, codec="exact", statistics_seed=9),
+        open_cache(tmp_path / "c", windows=20, part=20, seed=2, codec="int8", statistics_seed=9),
+    ]
+    with Stream(caches, batch=10, seed=5) as stream:
+        assert stream.order.windows == 100
+        batches = list(islice(stream, 10))
+    seen = Counter(
+        (span.cache, int(row)) for batch in batches for span in batch.spans for row in span.row
+    )
+    assert seen == Counter(
+        (i, row) for i, windows in enumerate((50, 30, 20)) for row in range(windows)
+    )
+    for batch in batches:
+        np.testing.assert_allclose(
+            batch.target.numpy(), expected(caches, batch)["target"], rtol=1e-6, atol=1e-6
+        )
+
+
+def test_normalised_targets_are_the_raw_ones_less_mean_over_std(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "a", windows=50, part=16)
+    with Stream([cache], batch=25, seed=5, space="normalised") as stream:
+        batch = next(stream)
+    raw = expected([cache], batch)["target"]
+    np.testing.assert_allclose(
+        batch.target.numpy(), (raw - cache.mean) / cache.std, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_first_windows_are_the_first_of_each_cache_by_its_share(tmp_path: Path) -> None:
+    caches = [
+        open_cache(tmp_path / "a", valid=30, part=16, seed=0),
+        open_cache(tmp_path / "b", valid=10, part=16, seed=1),
+    ]
+
+    def rows(windows: int) -> tuple[list[int], list[int]]:
+        found: tuple[list[int], list[int]] = ([], [])
+        for batch in first_windows(caches, split="valid", windows=windows, batch=8):
+            assert len(batch.kmer_id) == sum(len(span.row) for span in batch.spans) <= 8
+            for span in batch.spans:
+                found[span.cache].extend(span.row.tolist())
+        return found
+
+    assert rows(20) == (list(range(15)), list(range(5)))
+    assert rows(1000) == (list(range(30)), list(range(10)))
+
+
+def test_an_unlike_cache_is_refused_naming_each_difference(tmp_path: Path) -> None:
+    one = open_cache(tmp_path / "a", channels=16, kmers=12)
+    other = open_cache(tmp_path / "b", channels=24, kmers=20)
+    with pytest.raises(CacheMismatch) as refusal:
+        Stream([one, other], batch=4, seed=0)
+    assert str(refusal.value) == (
+        f"{tmp_path / 'a'} and {tmp_path / 'b'} cannot be trained on together:\n"
+        "  teacher.channels   16 and 24\n"
+        "  windows.kmers   12 and 20\n"
+        "  windows.masked   2 and 3\n"
+        "Give caches that agree in these."
+    )
+
+
+def test_statistics_must_agree_in_normalised_space_only(tmp_path: Path) -> None:
+    one = open_cache(tmp_path / "a", seed=0)
+    other = open_cache(tmp_path / "b", seed=1, statistics_seed=9)
+    require_alike([one, other], space="raw")
+    with pytest.raises(CacheMismatch, match=r"(?s)statistics   .* and .*agree in these"):
+        require_alike([one, other], space="normalised")
+
+
+def test_the_same_cache_twice_is_refused(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "a")
+    with pytest.raises(CacheMismatch, match="given twice"):
+        Stream([cache, Cache.open(cache.path)], batch=4, seed=0)
+
+
+def test_a_split_without_windows_is_refused(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "a", windows=32, valid=0)
+    with pytest.raises(CacheMismatch, match=r"no window in split 'valid'; it has train \(32 win"):
+        next(first_windows([cache], split="valid", windows=4, batch=2))
+
+
+def test_a_batch_must_divide_among_the_ranks(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "a")
+    with pytest.raises(RecipeError, match=r"\[train\] batch = 10: must be a multiple of the 3"):
+        Stream([cache], batch=10, seed=0, ranks=3)
+
+
+def test_damage_found_by_a_reading_thread_stops_the_training_thread(tmp_path: Path) -> None:
+    path = build_cache(tmp_path / "a", windows=96, part=32)
+    shard = path / "data.zarr" / "train" / "0" / "embedding" / "value" / "c" / "1" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    with Stream([Cache.open(path)], batch=8, seed=0) as stream, pytest.raises(CacheCorrupt):
+        list(islice(stream, 12))
+
+
+def test_closing_ends_the_threads(tmp_path: Path) -> None:
+    def readers() -> int:
+        return sum(thread.name.startswith("had-pipe-read") for thread in threading.enumerate())
+
+    cache = open_cache(tmp_path / "a")
+    before = readers()
+    with Stream([cache], batch=8, seed=0, threads=3) as stream:
+        next(stream)
+        assert readers() > before
+    assert readers() == before
+
+
+def test_waiting_is_counted_and_working_is_not(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "a")
+    with Stream([cache], batch=8, seed=0) as stream:
+        begun = time.perf_counter()
+        for _ in range(5):
+            next(stream)
+            time.sleep(0.02)
+        spent = time.perf_counter() - begun
+        assert 0 < stream.wait_seconds <= spent - 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gets_what_a_cpu_gets_and_batches_never_change(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "a", windows=96, part=32, views=2)
+    with Stream([cache], batch=20, seed=1) as stream:
+        here = list(islice(stream, 30))
+    with Stream([cache], batch=20, seed=1, device="cuda", prefetch=1) as stream:
+        there = list(islice(stream, 30))
+    for batch, again in zip(here, there, strict=True):
+        assert torch.equal(batch.kmer_id, again.kmer_id.cpu())
+        assert torch.equal(batch.mask, again.mask.cpu())
+        torch.testing.assert_close(batch.target, again.target.cpu(), rtol=1e-6, atol=1e-6)
