@@ -21,6 +21,7 @@ class Purpose(IntEnum):
     BLOCK_SPLIT = 4
     EPOCH_SHARDS = 5
     EPOCH_RUNS = 6
+    VERIFY_SAMPLE = 7
 
 
 def draws(

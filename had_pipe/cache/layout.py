@@ -1,0 +1,400 @@
+"""Format 1 in code: what lies where, of which shape, and what the JSON files say.
+
+docs/cache-format.md is normative. This module neither reads nor writes arrays.
+
+W windows of a split, T k-mers per window, G stored groups per window, D channels, P windows a part.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from had_pipe.errors import CacheRefused
+
+FORMAT = "had-cache/1"
+PLAN = "plan.json"
+MANIFEST = "manifest.json"
+WINDOWS = "windows.parquet"
+DATA = "data.zarr"
+RECEIPTS = "parts"
+WORK = ".work"
+
+CRC_NBYTES = 4
+ABSENT = 2**64 - 1
+"""Offset and length of a row that a shard does not hold."""
+
+# Ceilings for files a stranger may have made: a receipt of 2**20 windows has about 11 MB.
+_LARGEST_JSON = {PLAN: 1 << 26, MANIFEST: 1 << 30}
+_LARGEST_RECEIPT = 1 << 26
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SplitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+
+
+class _Document(BaseModel):
+    """Part of a JSON file of the format: nothing unknown, nothing converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class GenomePlan(_Document):
+    """One reference, named by content."""
+
+    name: str
+    digest: str
+    """GA4GH sequence-collection digest."""
+    contigs: int
+    bases: int
+    splits: str | dict[str, list[str] | float] | None
+    """The recipe's rule; a BED file as the SHA-256 of its bytes."""
+    include: Sha256 | None
+    exclude: Sha256 | None
+    sensitive: bool
+
+
+class WindowsPlan(_Document):
+    """What one example is."""
+
+    bases: Annotated[int, Field(gt=0, le=1 << 20)]
+    stride: Annotated[int, Field(gt=0)]
+    kmers: Annotated[int, Field(gt=0, le=1 << 18)]
+    masked: Annotated[int, Field(gt=0)]
+    mask_ratio: float
+    stored: Annotated[int, Field(gt=0, le=1 << 18)]
+    store: Literal["visible", "masked", "all"]
+    views: Annotated[int, Field(gt=0)]
+    reverse_complement: float
+    seed: int
+    algorithm: Literal[1]
+    """Order, masks and strands as docs/cache-format.md numbers them."""
+
+
+class SplitPlan(_Document):
+    """One split: how many windows, seen how often."""
+
+    windows: Annotated[int, Field(gt=0, le=1 << 40)]
+    views: Annotated[list[Annotated[int, Field(ge=0, le=1 << 20)]], Field(min_length=1)]
+
+
+class TeacherPlan(_Document):
+    """The frozen model, named by content."""
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+    layer: int
+    input: Literal["masked", "full"]
+    channels: Annotated[int, Field(gt=0, le=1 << 20)]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    licence: str
+
+
+class Plan(_Document):
+    """plan.json: what a cache means; never where, when or by whom it was made."""
+
+    format: Literal["had-cache/1"]
+    genomes: Annotated[list[GenomePlan], Field(min_length=1)]
+    windows: WindowsPlan
+    splits: Annotated[dict[SplitName, SplitPlan], Field(min_length=1)]
+    part: Annotated[int, Field(gt=0, le=1 << 20)]
+    teacher: TeacherPlan
+    codec: Literal["int8", "exact"]
+    licence: str
+    licence_reason: str | None
+    statistics: Sha256
+    contents: dict[str, Sha256]
+
+    @cached_property
+    def id(self) -> str:
+        """The plan id: SHA-256 of plan.json."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+    def to_json(self) -> bytes:
+        return canonical_json(self.model_dump(mode="json"))
+
+    @cached_property
+    def meaning(self) -> dict[str, Any]:
+        """What a recipe decides, flat: key -> value. Two plans of one meaning are one cache."""
+        document = self.model_dump(mode="json", exclude={"contents", "splits", "statistics"})
+        return dict(_flatten(document, ""))
+
+    def parts(self) -> Iterator[Part]:
+        """Every part of the cache, split by split, view by view."""
+        for split, of_split in self.splits.items():
+            for view in of_split.views:
+                for number in range(-(-of_split.windows // self.part)):
+                    yield Part(split, view, number)
+
+    def part_windows(self, part: Part) -> int:
+        """Windows in a part; the last of a split may be short."""
+        return min(self.part, self.splits[part.split].windows - part.number * self.part)
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """The sharded arrays of a view, in the order in which they are written."""
+        groups, channels = self.windows.stored, self.teacher.channels
+        if self.codec == "int8":
+            return (
+                Signal("embedding/value", "int8", (groups, channels)),
+                Signal("embedding/scale", "float16", (groups,)),
+            )
+        stored = "uint16" if self.teacher.dtype == "bfloat16" else self.teacher.dtype
+        return (Signal("embedding/value", stored, (groups, channels)),)
+
+    def keys(self) -> Iterator[str]:
+        """Every data object and receipt a sealed cache holds, metadata and manifest apart."""
+        for split, of_split in self.splits.items():
+            numbers = range(-(-of_split.windows // self.part))
+            yield from (f"{DATA}/{split}/kmer_id/c/{number}/0" for number in numbers)
+            for view in of_split.views:
+                yield from (f"{DATA}/{split}/{view}/mask/c/{number}/0" for number in numbers)
+                yield from (f"{DATA}/{split}/{view}/reversed/c/{number}" for number in numbers)
+        for part in self.parts():
+            yield part.receipt_key
+            yield from (part.shard_key(signal) for signal in self.signals)
+        yield f"{DATA}/statistics/embedding/mean/c/0"
+        yield f"{DATA}/statistics/embedding/std/c/0"
+
+    def metadata_keys(self) -> Iterator[str]:
+        """Every zarr.json a cache holds."""
+        yield f"{DATA}/zarr.json"
+        for group in ("statistics", "statistics/embedding"):
+            yield f"{DATA}/{group}/zarr.json"
+        for name in ("mean", "std"):
+            yield f"{DATA}/statistics/embedding/{name}/zarr.json"
+        for split, of_split in self.splits.items():
+            yield f"{DATA}/{split}/zarr.json"
+            yield f"{DATA}/{split}/kmer_id/zarr.json"
+            for view in of_split.views:
+                yield f"{DATA}/{split}/{view}/zarr.json"
+                yield f"{DATA}/{split}/{view}/embedding/zarr.json"
+                for array in ("mask", "reversed", *(signal.path for signal in self.signals)):
+                    yield f"{DATA}/{split}/{view}/{array}/zarr.json"
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A sharded array of a view: its path below the view, element type and shape of one window."""
+
+    path: str
+    dtype: str
+    window: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one window, its CRC apart."""
+        return int(np.prod(self.window)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one window to the next in a shard."""
+        return self.nbytes + CRC_NBYTES
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """A fixed run of windows of one split under one view."""
+
+    split: str
+    view: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.split}/{self.view}/{self.number:05d}"
+
+    @property
+    def receipt_key(self) -> str:
+        return f"{RECEIPTS}/{self}.json"
+
+    def shard_key(self, signal: Signal) -> str:
+        zeros = "/0" * len(signal.window)
+        return f"{DATA}/{self.split}/{self.view}/{signal.path}/c/{self.number}{zeros}"
+
+
+def shard_index(signal: Signal, *, windows: int, part: int) -> npt.NDArray[np.uint64]:
+    """The index of a shard that holds the first `windows` of `part` rows, (part, 2)."""
+    index = np.full((part, 2), ABSENT, dtype="<u8")
+    index[:windows, 0] = np.arange(windows, dtype=np.uint64) * np.uint64(signal.stride)
+    index[:windows, 1] = signal.stride
+    return index
+
+
+def shard_nbytes(signal: Signal, *, windows: int, part: int) -> int:
+    """Length of a shard object: rows, then the index and its CRC."""
+    return windows * signal.stride + part * 16 + CRC_NBYTES
+
+
+class ShardRecord(_Document):
+    """What a receipt says of one shard."""
+
+    nbytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+    crc32c: str
+    """CRC32C of each window's payload: little-endian uint32, base64."""
+
+    @staticmethod
+    def pack(crc: npt.NDArray[np.uint32]) -> str:
+        return base64.b64encode(crc.astype("<u4").tobytes()).decode("ascii")
+
+    def crcs(self) -> npt.NDArray[np.uint32]:
+        raw = base64.b64decode(self.crc32c, validate=True)
+        return np.frombuffer(raw, dtype="<u4").astype(np.uint32, copy=False)
+
+
+class Receipt(_Document):
+    """parts/SPLIT/VIEW/PPPPP.json: the record that makes a part exist."""
+
+    format: Literal["had-cache/1"]
+    plan: Sha256
+    split: SplitName
+    view: Annotated[int, Field(ge=0)]
+    part: Annotated[int, Field(ge=0)]
+    windows: Annotated[int, Field(gt=0)]
+    numerics: dict[str, str | int]
+    objects: dict[str, ShardRecord]
+
+    def to_json(self) -> bytes:
+        return canonical_json(self.model_dump(mode="json"))
+
+
+class ObjectRecord(_Document):
+    """One file of a sealed cache."""
+
+    nbytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class Manifest(_Document):
+    """manifest.json: every file of a sealed cache, and the cache id."""
+
+    format: Literal["had-cache/1"]
+    plan: Sha256
+    objects: dict[str, ObjectRecord]
+    id: Sha256
+
+    @staticmethod
+    def build(plan: Plan, objects: Mapping[str, ObjectRecord]) -> Manifest:
+        ordered = dict(sorted(objects.items()))
+        draft = Manifest(format="had-cache/1", plan=plan.id, objects=ordered, id="0" * 64)
+        return draft.model_copy(update={"id": draft.computed_id})
+
+    @property
+    def computed_id(self) -> str:
+        """SHA-256 of the canonical JSON of everything but `id`."""
+        rest = canonical_json(self.model_dump(mode="json", exclude={"id"}))
+        return hashlib.sha256(rest).hexdigest()
+
+    def to_json(self) -> bytes:
+        return canonical_json(self.model_dump(mode="json"))
+
+
+def canonical_json(value: object) -> bytes:
+    """One spelling for one value: keys sorted, no spaces, UTF-8, one newline at the end."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+    return text.encode() + b"\n"
+
+
+def read_plan(cache: Path) -> tuple[Plan, bytes]:
+    """plan.json, checked, and its bytes. Raises CacheRefused."""
+    path = cache / PLAN
+    if not path.is_file():
+        raise CacheRefused(
+            f"{cache}: no {PLAN} here, so this is no cache; expected a folder that "
+            "`had-pipe extract-teacher` made"
+        )
+    raw = read_small(path)
+    plan = _parse(Plan, raw, path)
+    # Anything else would not be canonical, and the plan id would depend on the spelling.
+    if plan.to_json() != raw:
+        raise CacheRefused(f"{path}: not canonical JSON, so it was edited; restore the original")
+    return plan, raw
+
+
+def read_manifest(cache: Path) -> Manifest | None:
+    """manifest.json, its id checked, or None where the cache is not sealed."""
+    path = cache / MANIFEST
+    if not path.exists():
+        return None
+    manifest = _parse(Manifest, read_small(path), path)
+    if manifest.computed_id != manifest.id:
+        raise CacheRefused(
+            f"{path}: its id is {manifest.id[:12]}..., its contents make "
+            f"{manifest.computed_id[:12]}...; it was edited or damaged: copy it again"
+        )
+    return manifest
+
+
+def read_receipt(cache: Path, part: Part) -> tuple[Receipt, bytes]:
+    """One receipt, checked for form, and its bytes. Raises CacheRefused; the caller checks more."""
+    path = cache / part.receipt_key
+    raw = read_small(path)
+    return _parse(Receipt, raw, path), raw
+
+
+def read_small(path: Path) -> bytes:
+    """A JSON file's bytes, if it is an ordinary file of a sane length."""
+    if path.is_symlink() or not path.is_file():
+        raise CacheRefused(f"{path}: expected an ordinary file; a cache holds no links")
+    limit = _LARGEST_JSON.get(path.name, _LARGEST_RECEIPT)
+    nbytes = path.stat().st_size
+    if nbytes > limit:
+        raise CacheRefused(f"{path}: {nbytes:,} bytes, more than the {limit:,} a cache may have")
+    return path.read_bytes()
+
+
+_Model = TypeVar("_Model", bound=_Document)
+
+
+def _parse(model: type[_Model], raw: bytes, path: Path) -> _Model:
+    try:
+        value = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        found = value.get("format") if isinstance(value, dict) else None
+        if found != FORMAT:
+            raise CacheRefused(
+                f"{path}: format {found!r}; this version of had-pipe reads {FORMAT!r}"
+            )
+        return model.model_validate(value)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ValidationError):
+            fault = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in fault["loc"])
+            reason = f"{where}: {fault['msg']}"
+        else:
+            reason = str(error)
+        raise CacheRefused(f"{path}: not what format 1 says: {reason}") from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _flatten(value: object, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for number, inner in enumerate(value):
+            label = inner.get("name", number)
+            yield from _flatten(inner, f"{prefix}[{label}]")
+    else:
+        yield prefix, value

@@ -1,0 +1,473 @@
+"""Opening a cache and reading windows of it, straight from the byte ranges where they lie.
+
+Reading runs no code of the store, follows no link and trusts no length: keys and shapes come from
+the plan, every window is held against the CRC in its receipt, and what is missing is an error,
+never a fill value. The order in which to read is the caller's.
+
+T k-mers per window, G stored groups per window, D channels, B windows of a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import crc32c
+import numpy as np
+import numpy.typing as npt
+
+from had_pipe.cache.codec import Codec
+from had_pipe.cache.layout import (
+    CRC_NBYTES,
+    DATA,
+    PLAN,
+    Manifest,
+    Part,
+    Plan,
+    Receipt,
+    ShardRecord,
+    Signal,
+    read_manifest,
+    read_plan,
+    read_receipt,
+    read_small,
+    shard_index,
+    shard_nbytes,
+)
+from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheRefused
+
+Check = Literal["first", "always", "never"]
+"""When a window's CRC is compared: the first time this process reads it, always, never."""
+
+_OPEN_PARTS = 128  # parts whose files and small arrays are kept at hand
+_ROWS_A_CALL = 512  # preadv takes at most IOV_MAX (1024) buffers, two a row
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some windows of one view. The arrays may be the caller's own, pinned memory for example."""
+
+    kmer_id: npt.NDArray[np.uint16]
+    """(B, T), always the forward strand."""
+    mask: npt.NDArray[np.bool_]
+    """(B, T), True where masked, in the orientation the teacher saw."""
+    reversed: npt.NDArray[np.bool_]
+    """(B): the teacher saw `kmers.reverse_complement(kmer_id)`."""
+    value: npt.NDArray[Any]
+    """(B, G, D), rows in the orientation the teacher saw."""
+    scale: npt.NDArray[np.float16] | None
+    """(B, G), or None where the codec has none."""
+
+
+class Cache:
+    """One cache, open for reading. Safe to share between threads."""
+
+    def __init__(self, path: Path, plan: Plan, manifest: Manifest | None, *, check: Check) -> None:
+        self.path = path
+        self.plan = plan
+        self.sealed = manifest is not None
+        self.id = manifest.id if manifest else plan.id
+        """The cache id; of an unsealed cache, the plan id."""
+        self.codec = Codec(plan.codec, plan.teacher.dtype)
+        self._manifest = manifest
+        self._check = check
+        self._parts: OrderedDict[Part, _OpenPart] = OrderedDict()
+        self._checked: dict[Part, npt.NDArray[np.bool_]] = {}
+        self._lock = threading.Lock()
+        self.mean = self._statistic("mean")
+        self.std = self._statistic("std")
+
+    @classmethod
+    def open(cls, path: Path, *, incomplete: bool = False, check: Check = "first") -> Cache:
+        """Open a cache for reading.
+
+        An unsealed cache is refused unless `incomplete`, which gives the parts that have receipts.
+        Raises CacheRefused, CacheIncomplete or CacheCorrupt.
+        """
+        plan, raw = read_plan(path)
+        manifest = read_manifest(path)
+        if manifest is None and not incomplete:
+            total = sum(1 for _ in plan.parts())
+            found = sum((path / part.receipt_key).is_file() for part in plan.parts())
+            raise CacheIncomplete(
+                f"{path}: not finished: {found:,} of {total:,} parts are there and no manifest. "
+                "Run the same `had-pipe extract-teacher` command again to finish it"
+            )
+        if manifest is not None:
+            _agree(path, manifest, plan, raw)
+        return cls(path, plan, manifest, check=check)
+
+    def rows(self, split: str) -> int:
+        """How many windows a split has."""
+        return self._split(split).windows
+
+    def views(self, split: str) -> tuple[int, ...]:
+        """The views of a split."""
+        return tuple(self._split(split).views)
+
+    def has(self, part: Part) -> bool:
+        """Whether a part is there; in a sealed cache all are."""
+        return self.sealed or (self.path / part.receipt_key).is_file()
+
+    def allocate(self, windows: int) -> Block:
+        """A block for so many windows, its contents undefined."""
+        kmers = self.plan.windows.kmers
+        arrays = [np.empty((windows, *s.window), dtype=s.dtype) for s in self.plan.signals]
+        return Block(
+            kmer_id=np.empty((windows, kmers), dtype=np.uint16),
+            mask=np.empty((windows, kmers), dtype=np.bool_),
+            reversed=np.empty(windows, dtype=np.bool_),
+            value=arrays[0],
+            scale=arrays[1] if len(arrays) > 1 else None,
+        )
+
+    def read(self, split: str, view: int, rows: npt.NDArray[np.int64], out: Block) -> None:
+        """Read any rows of a split under one view into `out`, row i to place i.
+
+        Neighbouring rows are read in one call, whatever their places in `out`.
+        """
+        of_split = self._split(split)
+        if view not in of_split.views:
+            raise CacheError(f"{self.path}: {split!r} has views {of_split.views}, not {view}")
+        assert len(rows) == 0 or (rows.min() >= 0 and rows.max() < of_split.windows)
+        order = np.argsort(rows, kind="stable")
+        numbers = rows[order] // self.plan.part
+        for first, last in _runs(numbers, step=0):
+            places = order[first:last]
+            part = Part(split, view, int(numbers[first]))
+            opened = self._open_part(part)
+            inside = rows[places] - part.number * self.plan.part
+            out.kmer_id[places] = opened.kmer_id[inside]
+            out.mask[places] = opened.mask[inside]
+            out.reversed[places] = opened.reversed[inside]
+            if out.scale is not None:
+                assert opened.scale is not None
+                out.scale[places] = opened.scale[inside]
+            due = self._due(part, inside)
+            for start, stop in _runs(inside, step=1):
+                opened.read_values(inside[start:stop], places[start:stop], out.value, due)
+            if due is not None:
+                self._checked[part][inside] = True
+
+    def read_kmers(self, split: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
+        """K-mer ids (B, T) of any rows of a split, forward strand."""
+        out = np.empty((len(rows), self.plan.windows.kmers), dtype=np.uint16)
+        numbers = rows // self.plan.part
+        for number in np.unique(numbers):
+            chosen = numbers == number
+            chunk = self._kmer_chunk(split, int(number))
+            out[chosen] = chunk[rows[chosen] - int(number) * self.plan.part]
+        return out
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """The attributes of the store's root: licence, decode, orientation, fidelity."""
+        import json
+
+        raw = self._object(f"{DATA}/zarr.json")
+        attributes: Mapping[str, Any] = json.loads(raw)["attributes"]
+        return attributes
+
+    @property
+    def fidelity(self) -> Mapping[str, float]:
+        """What the codec lost on held-out groups, measured when the cache was made."""
+        fidelity: Mapping[str, float] = self.attributes["fidelity"]
+        return fidelity
+
+    def receipt(self, part: Part) -> Receipt:
+        """The receipt of one part, held against the manifest."""
+        if not (self.path / part.receipt_key).exists():
+            kind = CacheCorrupt if self.sealed else CacheIncomplete
+            raise kind(f"{self.path}: part {part} has no receipt; {_remedy(self.path)}")
+        receipt, raw = read_receipt(self.path, part)
+        if self._manifest is not None:
+            self._compare(part.receipt_key, raw)
+        check_receipt(self.path, self.plan, part, receipt)
+        return receipt
+
+    def _split(self, split: str) -> Any:
+        if split not in self.plan.splits:
+            known = ", ".join(self.plan.splits)
+            raise CacheError(f"{self.path}: no split {split!r} here; it has {known}")
+        return self.plan.splits[split]
+
+    def _statistic(self, name: str) -> npt.NDArray[np.float32]:
+        key = f"{DATA}/statistics/embedding/{name}/c/0"
+        return self._chunk(key, "float32", (self.plan.teacher.channels,))
+
+    def _open_part(self, part: Part) -> _OpenPart:
+        with self._lock:
+            opened = self._parts.get(part)
+            if opened is not None:
+                self._parts.move_to_end(part)
+                return opened
+        # Opened outside the lock: two threads may do it twice, which only costs time.
+        opened = self._prepare(part)
+        with self._lock:
+            self._parts[part] = opened
+            if len(self._parts) > _OPEN_PARTS:
+                self._parts.popitem(last=False)
+        return opened
+
+    def _prepare(self, part: Part) -> _OpenPart:
+        plan, receipt = self.plan, self.receipt(part)
+        windows, kmers = plan.part_windows(part), plan.windows.kmers
+        below = f"{DATA}/{part.split}/{part.view}"
+        shards = [
+            _Shard.open(
+                self.path,
+                part.shard_key(signal),
+                signal,
+                receipt.objects[part.shard_key(signal)],
+                windows=windows,
+                part=plan.part,
+            )
+            for signal in plan.signals
+        ]
+        return _OpenPart(
+            kmer_id=self._kmer_chunk(part.split, part.number),
+            mask=self._chunk(f"{below}/mask/c/{part.number}/0", "bool", (plan.part, kmers)),
+            reversed=self._chunk(f"{below}/reversed/c/{part.number}", "bool", (plan.part,)),
+            value=shards[0],
+            scale=shards[1].read_all(check=self._check) if len(shards) > 1 else None,
+        )
+
+    def _due(self, part: Part, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_] | None:
+        """Which rows of a part must be checked now, by row; None for none."""
+        if self._check == "never":
+            return None
+        done = self._checked.setdefault(part, np.zeros(self.plan.part, dtype=np.bool_))
+        if self._check == "always":
+            return np.ones_like(done)
+        return None if done[rows].all() else ~done
+
+    def _kmer_chunk(self, split: str, number: int) -> npt.NDArray[np.uint16]:
+        shape = (self.plan.part, self.plan.windows.kmers)
+        return self._chunk(f"{DATA}/{split}/kmer_id/c/{number}/0", "uint16", shape)
+
+    def _chunk(self, key: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """A whole plan-time chunk: [bytes, crc32c]."""
+        raw = self._object(key)
+        count = int(np.prod(shape))
+        expected = count * np.dtype(dtype).itemsize + CRC_NBYTES
+        if len(raw) != expected:
+            raise CacheCorrupt(
+                f"{self.path}: {key} has {len(raw):,} bytes, expected {expected:,}; "
+                f"{_remedy(self.path)}"
+            )
+        stored = int.from_bytes(raw[-CRC_NBYTES:], "little")
+        if crc32c.crc32c(memoryview(raw)[:-CRC_NBYTES]) != stored:
+            raise CacheCorrupt(f"{self.path}: {key}: wrong CRC32C; {_remedy(self.path)}")
+        little = np.dtype(dtype).newbyteorder("<")
+        return np.frombuffer(raw, dtype=little, count=count).reshape(shape)
+
+    def _object(self, key: str) -> bytes:
+        """A small object's bytes, held against the manifest where there is one."""
+        path = self.path / key
+        if not path.exists():
+            raise CacheCorrupt(f"{self.path}: {key} is missing; {_remedy(self.path)}")
+        raw = read_small(path)
+        if self._manifest is not None:
+            self._compare(key, raw)
+        return raw
+
+    def _compare(self, key: str, raw: bytes) -> None:
+        assert self._manifest is not None
+        expected = self._manifest.objects[key].sha256
+        found = hashlib.sha256(raw).hexdigest()
+        if found != expected:
+            raise CacheCorrupt(
+                f"{self.path}: {key}: SHA-256 is {found[:12]}..., the manifest says "
+                f"{expected[:12]}...; {_remedy(self.path)}"
+            )
+
+
+def check_receipt(cache: Path, plan: Plan, part: Part, receipt: Receipt) -> None:
+    """Hold a receipt against the plan and its own place. Raises CacheCorrupt."""
+    found = (receipt.plan, receipt.split, receipt.view, receipt.part, receipt.windows)
+    windows = plan.part_windows(part)
+    expected = (plan.id, part.split, part.view, part.number, windows)
+    if found != expected:
+        raise CacheCorrupt(
+            f"{cache}: {part.receipt_key} belongs elsewhere: it says {found}, expected {expected}; "
+            f"{_remedy(cache)}"
+        )
+    if set(receipt.objects) != {part.shard_key(signal) for signal in plan.signals}:
+        raise CacheCorrupt(
+            f"{cache}: {part.receipt_key} lists {sorted(receipt.objects)}, not the part's shards; "
+            f"{_remedy(cache)}"
+        )
+    for signal in plan.signals:
+        record = receipt.objects[part.shard_key(signal)]
+        nbytes = shard_nbytes(signal, windows=windows, part=plan.part)
+        if record.nbytes != nbytes or len(record.crcs()) != windows:
+            raise CacheCorrupt(
+                f"{cache}: {part.receipt_key}: {part.shard_key(signal)} is said to have "
+                f"{record.nbytes:,} bytes and {len(record.crcs()):,} CRCs, expected {nbytes:,} and "
+                f"{windows:,}; {_remedy(cache)}"
+            )
+
+
+def _agree(cache: Path, manifest: Manifest, plan: Plan, raw_plan: bytes) -> None:
+    """Hold plan and manifest against each other: the plan's hash, and exactly the implied keys."""
+    if manifest.plan != plan.id or hashlib.sha256(raw_plan).hexdigest() != plan.id:
+        raise CacheRefused(
+            f"{cache}: the manifest is of plan {manifest.plan[:12]}..., but plan.json is "
+            f"{plan.id[:12]}...; the files of two caches were mixed: copy the cache again"
+        )
+    expected = expected_keys(plan)
+    if set(manifest.objects) != expected:
+        differing = sorted(set(manifest.objects) ^ expected)[:3]
+        raise CacheRefused(
+            f"{cache}: the manifest does not list what the plan implies; first differences: "
+            f"{', '.join(differing)}"
+        )
+
+
+def expected_keys(plan: Plan) -> set[str]:
+    """Every file of a sealed cache but its manifest."""
+    return {PLAN, "windows.parquet", *plan.metadata_keys(), *plan.keys()}
+
+
+def _remedy(cache: Path) -> str:
+    return (
+        f"`had-pipe cache verify {cache}` finds all damage; copy the cache again, or run "
+        "`had-pipe extract-teacher RECIPE --repair` where it was made"
+    )
+
+
+def _runs(values: npt.NDArray[np.int64], *, step: int) -> list[tuple[int, int]]:
+    """Slices of an ascending array in which neighbours differ by exactly `step`."""
+    if len(values) == 0:
+        return []
+    breaks = np.flatnonzero(np.diff(values) != step) + 1
+    edges = [0, *breaks.tolist(), len(values)]
+    return list(itertools.pairwise(edges))
+
+
+class _Shard:
+    """One shard object: an open file whose rows lie one after another."""
+
+    def __init__(self, path: Path, signal: Signal, crc: npt.NDArray[np.uint32], fd: int) -> None:
+        self.path = path
+        self.signal = signal
+        self.crc = crc
+        self._fd = fd
+
+    def __del__(self) -> None:
+        # Closed by the last user, not by the list of open parts: a thread may still be reading.
+        os.close(self._fd)
+
+    @classmethod
+    def open(
+        cls,
+        cache: Path,
+        key: str,
+        signal: Signal,
+        record: ShardRecord,
+        *,
+        windows: int,
+        part: int,
+    ) -> _Shard:
+        """Open a shard; its length and index must be what the plan says."""
+        path = cache / key
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise CacheCorrupt(
+                f"{cache}: {key} cannot be opened ({error.strerror}); {_remedy(cache)}"
+            ) from error
+        shard = cls(path, signal, record.crcs(), fd)
+        nbytes = os.fstat(fd).st_size
+        expected = shard_nbytes(signal, windows=windows, part=part)
+        if nbytes != expected:
+            raise CacheCorrupt(
+                f"{cache}: {key} has {nbytes:,} bytes, expected {expected:,}; {_remedy(cache)}"
+            )
+        index = shard_index(signal, windows=windows, part=part).tobytes()
+        index += crc32c.crc32c(index).to_bytes(CRC_NBYTES, "little")
+        if os.pread(fd, len(index), windows * signal.stride) != index:
+            raise CacheCorrupt(
+                f"{cache}: {key}: its index does not hold {windows:,} windows in row order; "
+                f"{_remedy(cache)}"
+            )
+        return shard
+
+    def read(
+        self, first: int, targets: list[memoryview], due: npt.NDArray[np.bool_] | None
+    ) -> None:
+        """Rows `first` on, one into each target; those that are `due` held against their CRC."""
+        stride, skipped = self.signal.stride, bytearray(CRC_NBYTES)
+        for begin in range(0, len(targets), _ROWS_A_CALL):
+            some = targets[begin : begin + _ROWS_A_CALL]
+            buffers: list[Any] = []
+            for target in some:
+                buffers += (target, skipped)
+            offset = (first + begin) * stride
+            if os.preadv(self._fd, buffers, offset) != len(some) * stride:
+                for row, target in enumerate(some):
+                    self._read_slowly(target, offset + row * stride)
+        if due is None:
+            return
+        for place in np.flatnonzero(due[first : first + len(targets)]).tolist():
+            row = first + place
+            if crc32c.crc32c(targets[place]) != self.crc[row]:
+                raise CacheCorrupt(
+                    f"{self.path}: window {row} of this shard is not what its receipt says "
+                    "(wrong CRC32C: damaged, or another shard's); "
+                    "`had-pipe cache verify` finds all damage"
+                )
+
+    def read_all(self, *, check: Check) -> npt.NDArray[Any]:
+        """Every row of a small shard."""
+        rows = np.empty((len(self.crc), *self.signal.window), dtype=self.signal.dtype)
+        every = np.arange(len(rows))
+        due = None if check == "never" else np.ones(len(rows), dtype=np.bool_)
+        self.read(0, _row_views(rows, every), due)
+        return rows
+
+    def _read_slowly(self, target: memoryview, offset: int) -> None:
+        """A row that one call did not bring whole: a signal came, or the file shrank."""
+        done = 0
+        while done < len(target):
+            got = os.preadv(self._fd, [target[done:]], offset + done)
+            if got == 0:
+                raise CacheCorrupt(f"{self.path}: became shorter while it was read; copy it again")
+            done += got
+
+
+@dataclass(frozen=True)
+class _OpenPart:
+    """A part's small arrays, and its open shard of values."""
+
+    kmer_id: npt.NDArray[np.uint16]
+    mask: npt.NDArray[np.bool_]
+    reversed: npt.NDArray[np.bool_]
+    value: _Shard
+    scale: npt.NDArray[np.float16] | None
+
+    def read_values(
+        self,
+        rows: npt.NDArray[np.int64],
+        places: npt.NDArray[np.int64],
+        out: npt.NDArray[Any],
+        due: npt.NDArray[np.bool_] | None,
+    ) -> None:
+        """Neighbouring rows of the part to their places in `out`."""
+        targets = _row_views(out, places)
+        self.value.read(int(rows[0]), targets, due)
+
+
+def _row_views(array: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> list[memoryview]:
+    """The bytes of some rows of an array, writable in place."""
+    assert array.flags.c_contiguous
+    flat = memoryview(array.reshape(-1).view(np.uint8))
+    nbytes = array[0].nbytes
+    return [flat[row * nbytes : (row + 1) * nbytes] for row in rows.tolist()]

@@ -1,0 +1,90 @@
+"""Files that are whole or absent: written aside, synced, renamed, and the folder synced.
+
+A kill or a power cut leaves the old state or the new one, never half of either.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from had_pipe.errors import StorageError
+
+_STORAGE = {
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EIO: "the disk reports an input/output error",
+    errno.EROFS: "the file system is read-only",
+    errno.ESTALE: "the network file system lost the file",
+    errno.EFBIG: "the file is larger than allowed here",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "the operation is not permitted",
+}
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turn a failing disk into a StorageError that says what is safe and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        raise StorageError(
+            f"{path}: {_STORAGE[error.errno]}. Everything committed so far is intact; "
+            "mend that, then run the same command again"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and creations in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, each durably."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        with storage(new):
+            new.mkdir(exist_ok=True)
+            sync_folder(new.parent)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a synced file or folder into place, durably. The parent must exist."""
+    with storage(final):
+        temporary.replace(final)
+        sync_folder(final.parent)
+
+
+def write_file(final: Path, data: bytes, *, aside: Path) -> None:
+    """Write one file durably by way of the folder `aside`, on the same file system."""
+    temporary = aside / f"{final.name}.{os.getpid()}.tmp"
+    with storage(final), temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    publish(temporary, final)
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync every file and folder below and including `folder`."""
+    with storage(folder):
+        for parent, _, names in os.walk(folder, topdown=False):
+            for name in names:
+                descriptor = os.open(Path(parent, name), os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            sync_folder(Path(parent))
