@@ -162,19 +162,23 @@ def _answering(command: Callable[_P, None]) -> Callable[_P, None]:
 
 def describe(progress: Progress) -> str:
     """One moment as a line: what, how much of how much, since when, how fast, how long still."""
-    said = [
-        progress.what,
-        f"{progress.done:,} of {progress.total:,} {progress.unit}",
-        duration(progress.seconds),
-    ]
-    said += _pace(progress)
+    said = [progress.what, _counted(progress), duration(progress.seconds), *_pace(progress)]
     return "  ".join(said)
+
+
+def _counted(progress: Progress) -> str:
+    if progress.unit == "bytes":
+        return f"{size(progress.done)} of {size(progress.total)}"
+    return f"{progress.done:,} of {progress.total:,} {progress.unit}"
 
 
 def _pace(progress: Progress) -> list[str]:
     said = []
     if progress.rate > 0:
-        said.append(f"{figure(progress.rate)} {progress.unit}/s")
+        if progress.unit == "bytes":
+            said.append(f"{size(progress.rate)}/s")
+        else:
+            said.append(f"{figure(progress.rate)} {progress.unit}/s")
     if progress.seconds_left is not None and progress.done < progress.total:
         said.append(f"{duration(progress.seconds_left)} left")
     for name, value in progress.facts.items():
@@ -226,24 +230,29 @@ def _reporter() -> Iterator[Reporter]:
 
     from rich.progress import BarColumn, TaskID, TextColumn
     from rich.progress import Progress as Bars
+    from rich.table import Column
 
+    whole = Column(no_wrap=True, min_width=10)
     columns = (
-        TextColumn("{task.description:<12}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[pace]}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=whole),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[pace]}", markup=False, table_column=Column(no_wrap=True)),
     )
     with Bars(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(progress: Progress) -> None:
             if progress.what not in tasks:
+                # What is done makes room for what comes next; a log has lines for it.
+                for what, task in list(tasks.items()):
+                    if bars.tasks[bars.task_ids.index(task)].finished:
+                        bars.remove_task(tasks.pop(what))
                 tasks[progress.what] = bars.add_task(progress.what, total=progress.total, pace="")
-            counted = f"{progress.done:,}/{progress.total:,} {progress.unit}"
             bars.update(
                 tasks[progress.what],
                 completed=progress.done,
                 total=progress.total,
-                pace="  ".join([counted, *_pace(progress)]),
+                pace="  ".join([_counted(progress), *_pace(progress)]),
             )
 
         yield show
@@ -581,21 +590,17 @@ def verify(
         _print_json(found)
     else:
         state = "sealed" if found.sealed else "not sealed: the parts so far"
+        hashed = f"{count(found.objects, 'object')}, {size(found.nbytes)}, {duration(seconds)}"
         _print_facts(
             [
                 ("cache", f"{path} ({state})"),
                 ("id" if found.sealed else "plan id", found.cache_id),
-                (
-                    "hashed",
-                    f"{count(found.objects, 'object')}, {size(found.nbytes)}, {duration(seconds)}",
-                ),
-                *_continued("problem", [str(problem) for problem in found.problems]),
+                ("hashed", hashed),
+                *_continued("problem", [str(problem) for problem in found.problems] or ["none"]),
             ]
         )
     if found.problems:
         raise CacheCorrupt(f"{path}: {count(len(found.problems), 'problem')} found")
-    if not as_json:
-        _print_facts([("found", "no problem")])
 
 
 _PACKAGES = ("torch", "transformers", "safetensors", "zarr", "numpy", "pydantic")

@@ -162,8 +162,8 @@ def _alignment(last: Row, floors: Row) -> list[str]:
         )
     else:
         table_says = (
-            "It does not reach the k-mer table (the mean embedding of each k-mer): its error is "
-            f"{_percent(-beyond_table)} larger. Nothing here shows that it uses context yet."
+            "It does not beat the k-mer table (the mean embedding of each k-mer): its error is "
+            f"{_larger(-beyond_table)}. Nothing here shows that it uses context yet."
         )
     if beyond_mean > 0:
         mean_says = (
@@ -173,7 +173,7 @@ def _alignment(last: Row, floors: Row) -> list[str]:
     else:
         mean_says = (
             "The student does not yet explain the teacher's embeddings better than their plain "
-            f"mean does: its error is {_percent(-beyond_mean)} larger."
+            f"mean does: its error is {_larger(-beyond_mean)}."
         )
     return [mean_says, table_says]
 
@@ -199,6 +199,10 @@ def _reconstruction(last: Row, floors: Row) -> list[str]:
 def _numbers(row: Row, *keys: str) -> bool:
     """Whether the row holds a finite number under each key."""
     return all(isinstance(row.get(key), int | float) and math.isfinite(row[key]) for key in keys)
+
+
+def _larger(share: float) -> str:
+    return "the same" if share < 0.0005 else f"{_percent(share)} larger"
 
 
 def _percent(share: float) -> str:
@@ -452,6 +456,10 @@ def _run_facts(record: RunRecord) -> list[tuple[str, str]]:
     )
 
 
+# Keys of a student's configuration that say nothing of its layout.
+_BOOKKEEPING = {"model_type", "transformers_version", "pad_token_id", "initializer_range"}
+
+
 def _student_facts(record: RunRecord) -> list[tuple[str, str]]:
     student = record.run.get("student", {})
     config = student.get("config", {})
@@ -459,7 +467,13 @@ def _student_facts(record: RunRecord) -> list[tuple[str, str]]:
     return _facts(
         ("parameters", f"{parameters:,}" if parameters else None),
         ("besides, while training", f"{others:,} (projection and decoder)" if others else None),
-    ) + _facts(*((key.replace("_", " "), value) for key, value in _scalars(config)))
+    ) + _facts(
+        *(
+            (key.replace("_", " "), value)
+            for key, value in _scalars(config)
+            if key not in _BOOKKEEPING
+        )
+    )
 
 
 def _cache_facts(cache: Mapping[str, Any]) -> list[tuple[str, str]]:
