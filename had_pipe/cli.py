@@ -383,14 +383,19 @@ def extract_teacher(
             ("id", made.cache_id),
             ("made", done),
             ("windows", f"{made.windows:,}, {size(made.nbytes)} on disk"),
-            *(("fidelity", line) for line in _fidelity(made.fidelity)),
+            *_continued("fidelity", _fidelity(made.fidelity)),
         ]
     )
     _next(f"had-pipe distill {recipe}")
 
 
-def _fidelity(told: Mapping[str, float]) -> list[str]:
-    return [f"{name.replace('_', ' ')} {figure(value)}" for name, value in told.items()]
+def _fidelity(told: Mapping[str, object]) -> list[str]:
+    """The figures of a fidelity report; what it says of each channel is for `--json`."""
+    return [
+        f"{name.replace('_', ' ')} {value:,.6g}"
+        for name, value in told.items()
+        if isinstance(value, int | float)
+    ]
 
 
 @app.command()

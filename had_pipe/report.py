@@ -504,7 +504,7 @@ def _cache_facts(cache: Mapping[str, Any]) -> list[tuple[str, str]]:
         told.append((f"split {name}", f"{split['windows']:,} windows, {_count(views, 'view')}"))
     told += _facts(("codec", plan.get("codec")))
     told += [
-        (f"fidelity: {key.replace('_', ' ')}", _round(value) if _number(value) else str(value))
+        (f"fidelity: {key.replace('_', ' ')}", f"{value:,.6g}" if _number(value) else str(value))
         for key, value in _scalars(cache.get("fidelity") or {})
     ]
     return told + _facts(
