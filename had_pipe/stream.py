@@ -445,6 +445,8 @@ class _Feed:
                 same = kinds.index(kinds[i])
                 blocks.append(blocks[same] if same < i else _like(template, windows, pinned))
             self._free.append(_Slot(blocks, windows, templates[0].kmer_id.shape[1], pinned))
+        # As few pieces a batch as keep every thread at work: each piece opens its parts anew.
+        self._pieces = -(-self._threads // (len(self._free) - 1))
         self._reading: deque[_Slot] = deque()
         self._staged: deque[tuple[Batch, torch.cuda.Event]] = deque()
         self._side = torch.cuda.Stream(device) if pinned else None
@@ -490,6 +492,8 @@ class _Feed:
         return batch
 
     def _next_on_gpu(self) -> Batch:
+        # Here, not once a slot is free: by now its copy has ended, and nobody waits for it.
+        self._read_ahead()
         if not self._staged:
             self._stage()
         if not self._staged:
@@ -516,7 +520,6 @@ class _Feed:
         slot.copied = ready
         self._staged.append((batch, ready))
         self._free.append(slot)
-        self._read_ahead()
 
     def _read_ahead(self) -> None:
         """Set the threads to every free slot, the one free for longest first."""
@@ -535,7 +538,7 @@ class _Feed:
             if self._decoding and self._side is None:
                 shape = slot.blocks[0].value.shape[1:]
                 slot.target = torch.empty(sum(len(span.row) for span in spans), *shape)
-            step = -(-sum(len(span.row) for span in spans) // self._threads)
+            step = -(-sum(len(span.row) for span in spans) // self._pieces)
             first = 0
             for span in spans:
                 for begin in range(0, len(span.row), step):
