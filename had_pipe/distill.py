@@ -32,7 +32,7 @@ from io import StringIO
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -172,6 +172,13 @@ class _Run:
         self._device = device
         self._report = report
         self._signals = signals
+        self._objective = recipe.objective
+        # Where the run stands: steps made before this process, the last step metrics tell of, the
+        # sums of what was measured since, and the seconds of the processes before.
+        self._start = self._told = 0
+        self._sums = torch.zeros(len(_TERMS) + 1, dtype=torch.float64, device=device)
+        self._seconds_before = 0.0
+        self._begun = perf_counter()
         plan = caches[0].plan
         self._visible_stored = plan.windows.store == "visible"
         self._visible = plan.windows.kmers - plan.windows.masked
@@ -283,113 +290,129 @@ class _Run:
 
     def train(self) -> None:
         """From the last checkpoint, or from the start, to the last step."""
-        begun = perf_counter()
         state = checkpoint.load(self.out / _CHECKPOINTS, run=self.id)
-        sums = torch.zeros(len(_TERMS) + 1, dtype=torch.float64, device=self._device)
-        logged = start = 0
-        before = 0.0
         if state is not None:
-            start, logged = state.step, state.facts["logged"]
-            before = state.facts["seconds"]
-            checkpoint.restore_optimiser(
-                self._optimiser, state.tensors["optimiser"], state.facts["optimiser"]
-            )
-            self.student.load_state_dict(state.tensors["student"])
-            self.objective.load_state_dict(state.tensors["objective"])
-            sums.copy_(state.tensors["loop"]["sums"])
-            torch.set_rng_state(state.tensors["loop"]["random"])
-            log.info("going on after step %d of %d", start, self.config.steps)
+            self._restore(state)
         nbytes = state.facts["metrics_nbytes"] if state is not None else 0
         with _Metrics(self.out / _METRICS, nbytes=nbytes) as metrics:
             if state is None:
                 self._measure_floors(metrics)
-
-            def save(step: int) -> None:
-                tensors, facts = checkpoint.optimiser_state(self._optimiser)
-                checkpoint.save(
-                    self.out / _CHECKPOINTS,
-                    checkpoint.State(
-                        step=step,
-                        tensors={
-                            "student": self.student.state_dict(),
-                            "objective": self.objective.state_dict(),
-                            "optimiser": tensors,
-                            "loop": {"sums": sums, "random": torch.get_rng_state()},
-                        },
-                        facts={
-                            "optimiser": facts,
-                            "logged": logged,
-                            "seconds": before + perf_counter() - begun,
-                            "metrics_nbytes": metrics.sync(),
-                        },
-                    ),
-                    run=self.id,
-                )
-
-            if start == self.config.steps:
+            if self._start == self.config.steps:
                 return
             with Stream(
                 self.caches,
                 batch=self.config.batch,
                 seed=self.config.seed,
-                start=start,
+                start=self._start,
                 device=self._device,
             ) as stream:
-                training = perf_counter()
-                aside, waited = 0.0, 0.0  # seconds since the last line of metrics
-                marked, waits = training, 0.0
-                facts: dict[str, float | str] = {}
-                for step in range(start + 1, self.config.steps + 1):
-                    batch = next(stream)
-                    sums += self._step(step, batch)
-                    last = step == self.config.steps
-                    if step == 1 or step % self.config.log_every == 0 or last:
-                        mean = (sums / (step - logged)).tolist()
-                        now = perf_counter()
-                        spent = max(now - marked - aside, 1e-9)
-                        waited = stream.wait_seconds - waits
-                        # A process that goes on has seen fewer steps than the line tells of.
-                        rate = (step - max(logged, start)) * self.config.batch / spent
-                        windows = self.caches[0].plan.windows
-                        losses = dict(zip((*_TERMS, "grad_norm"), mean, strict=True))
-                        metrics.write(
-                            "train",
-                            step=step,
-                            seconds=before + now - begun,
-                            **losses,
-                            lr=learning_rate(self.config, step),
-                            windows_per_second=rate,
-                            kmers_per_second=rate * windows.kmers,
-                            bases_per_second=rate * windows.bases,
-                            wait_share=min(1.0, waited / spent),
-                            epoch=step * self.config.batch / stream.order.windows,
-                        )
-                        facts = {
-                            **{t: losses[t] for t in _TERMS[:3] if not math.isnan(losses[t])},
-                            "wait": f"{min(1.0, waited / spent):.1%}",
-                        }
-                        sums.zero_()
-                        logged = step
-                        marked, aside, waits = now, 0.0, stream.wait_seconds
-                    self._report(
-                        Progress(
-                            what="training",
-                            done=step,
-                            total=self.config.steps,
-                            unit="steps",
-                            begun=start,
-                            seconds=perf_counter() - training,
-                            facts=facts,
-                        )
-                    )
-                    paused = perf_counter()
-                    if step % self.config.validate_every == 0 or last:
-                        self._validate(step, metrics)
-                    if step % self.config.checkpoint_every == 0 or last or self._signals.caught:
-                        save(step)
-                    aside += perf_counter() - paused
-                    if not last:
-                        self._signals.stop(f"after step {step} of {self.config.steps}, saved")
+                self._loop(stream, metrics)
+
+    def _loop(self, stream: Stream, metrics: _Metrics) -> None:
+        config, begun = self.config, perf_counter()
+        pace = _Pace(stream)
+        facts: dict[str, float | str] = {}
+        for step in range(self._start + 1, config.steps + 1):
+            self._sums += self._step(step, next(stream))
+            last = step == config.steps
+            if step == 1 or step % config.log_every == 0 or last:
+                epoch = step * config.batch / stream.order.windows
+                facts = self._tell(step, metrics, pace, epoch=epoch)
+            self._report(
+                Progress(
+                    what="training",
+                    done=step,
+                    total=config.steps,
+                    unit="steps",
+                    begun=self._start,
+                    seconds=perf_counter() - begun,
+                    facts=facts,
+                )
+            )
+            # Asked once: a signal that comes later than here finds the next step.
+            stopping = self._signals.caught is not None
+            with pace.aside():
+                if step % config.validate_every == 0 or last:
+                    self._validate(step, metrics)
+                if step % config.checkpoint_every == 0 or last or stopping:
+                    self._save(step, metrics)
+            if stopping and not last:
+                self._signals.stop(f"after step {step} of {config.steps}, saved")
+
+    def _tell(
+        self, step: int, metrics: _Metrics, pace: _Pace, *, epoch: float
+    ) -> dict[str, float | str]:
+        """Write a line of metrics, the means since the last one; what of it is worth showing."""
+        means = (self._sums / (step - self._told)).tolist()
+        windows = self.caches[0].plan.windows
+        # A process that goes on has made fewer steps than the line tells of.
+        made = step - max(self._told, self._start)
+        rate, wait_share = made * self.config.batch / pace.seconds, pace.wait_share
+        losses = self._measured(means)
+        metrics.write(
+            "train",
+            step=step,
+            seconds=self._seconds(),
+            **losses,
+            lr=learning_rate(self.config, step),
+            grad_norm=means[-1],
+            windows_per_second=rate,
+            kmers_per_second=rate * windows.kmers,
+            bases_per_second=rate * windows.bases,
+            wait_share=wait_share,
+            epoch=epoch,
+        )
+        self._sums.zero_()
+        self._told = step
+        pace.restart()
+        shown = {term: losses[term] for term in _TERMS[:3] if term in losses}
+        return {**shown, "wait": f"{wait_share:.1%}"}
+
+    def _measured(self, means: Sequence[float]) -> dict[str, float]:
+        """Terms by name, but for those of weight 0, which are not measured."""
+        weights = {
+            "align": self._objective.align,
+            "cosine": self._objective.align,
+            "reconstruct": self._objective.reconstruct,
+            "accuracy": self._objective.reconstruct,
+        }
+        named = zip(_TERMS, means, strict=False)
+        return {term: mean for term, mean in named if weights.get(term, 1)}
+
+    def _seconds(self) -> float:
+        """Of the run so far, all its processes added."""
+        return self._seconds_before + perf_counter() - self._begun
+
+    def _save(self, step: int, metrics: _Metrics) -> None:
+        tensors, facts = checkpoint.optimiser_state(self._optimiser)
+        state = checkpoint.State(
+            step=step,
+            tensors={
+                "student": self.student.state_dict(),
+                "objective": self.objective.state_dict(),
+                "optimiser": tensors,
+                "loop": {"sums": self._sums, "random": torch.get_rng_state()},
+            },
+            facts={
+                "optimiser": facts,
+                "told": self._told,
+                "seconds": self._seconds(),
+                "metrics_nbytes": metrics.sync(),
+            },
+        )
+        checkpoint.save(self.out / _CHECKPOINTS, state, run=self.id)
+
+    def _restore(self, state: checkpoint.State) -> None:
+        self._start, self._told = state.step, state.facts["told"]
+        self._seconds_before = state.facts["seconds"]
+        checkpoint.restore_optimiser(
+            self._optimiser, state.tensors["optimiser"], state.facts["optimiser"]
+        )
+        self.student.load_state_dict(state.tensors["student"])
+        self.objective.load_state_dict(state.tensors["objective"])
+        self._sums.copy_(state.tensors["loop"]["sums"])
+        torch.set_rng_state(state.tensors["loop"]["random"])
+        log.info("going on after step %d of %d", state.step, self.config.steps)
 
     def _step(self, step: int, batch: Batch) -> Tensor:
         """One update; the terms of the loss and the gradient's norm, float64."""
@@ -402,7 +425,7 @@ class _Run:
         measured = torch.stack([*_terms(losses), norm.detach()]).double()
         # Asked before the update: the weights stay those of the last good step.
         if not bool((losses.total + norm).isfinite()):
-            raise NonFiniteError(self._non_finite(step, batch, losses, norm))
+            self._refuse(step, batch, losses, norm)
         self._optimiser.step()
         return measured
 
@@ -426,32 +449,17 @@ class _Run:
         place_BV = batch.mask.int().argsort(dim=1, stable=True)[:, : self._visible]
         return batch.target.take_along_dim(place_BV[..., None], dim=1)
 
-    def _non_finite(self, step: int, batch: Batch, losses: Losses, norm: Tensor) -> str:
+    def _refuse(self, step: int, batch: Batch, losses: Losses, norm: Tensor) -> NoReturn:
+        """Stop at numbers that are not finite, and say whose they are."""
+        _require_finite(batch, self.caches, "train", f"{self.out}: step {step}")
         figures = {"loss": float(losses.total.detach()), "gradient norm": float(norm)}
         wrong = [f"{name} is {x}" for name, x in figures.items() if not math.isfinite(x)]
-        bad = (~batch.target.isfinite()).flatten(1).any(1).tolist()
-        cause = (
-            "the cache holds numbers that are not finite in: "
-            if any(bad)
-            else "the targets are finite; the batch was: "
-        )
-        first, windows = 0, []
-        for span in batch.spans:
-            rows = span.row.tolist()
-            if any(bad):
-                rows = [row for i, row in enumerate(rows) if bad[first + i]]
-            if rows:
-                shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-                windows.append(
-                    f"{self.caches[span.cache].path} train view {span.view} rows {shown}"
-                )
-            first += len(span.row)
         saved = checkpoint.checkpoints(self.out / _CHECKPOINTS)
-        return (
-            f"{self.out}: step {step}: {', '.join(wrong)}; {cause}{'; '.join(windows)}. "
-            f"The weights were not changed by it; the last checkpoint is "
-            f"{saved[0].name if saved else 'none yet'}. "
-            "Lower [train] lr or clip and use another [train] out"
+        raise NonFiniteError(
+            f"{self.out}: step {step}: {', '.join(wrong)}; the targets are finite; the batch was: "
+            f"{_name_windows(batch, self.caches, 'train')}. The weights were not changed by it; "
+            f"the last checkpoint is {saved[0].name if saved else 'none yet'}. "
+            "Lower [train] lr or clip, and use another [train] out"
         )
 
     # Measuring
@@ -476,6 +484,7 @@ class _Run:
             batch=self.config.batch,
             device=self._device,
         ):
+            _require_finite(batch, caches, split, f"{self.out}: {what}")
             yield batch
             done += len(batch.kmer_id)
             self._report(
@@ -503,7 +512,7 @@ class _Run:
             windows += len(batch.kmer_id)
         self.student.train()
         self.objective.train()
-        means = dict(zip(_TERMS, (sums / windows).tolist(), strict=True))
+        means = self._measured((sums / windows).tolist())
         metrics.write("validation", step=step, windows=windows, **means)
 
     @torch.no_grad()
@@ -682,9 +691,13 @@ class _Metrics:
         self._file.close()
 
     def write(self, kind: str, **values: float | int) -> None:
-        # A term of weight 0 is not measured: its NaN is left out, since JSON has none.
-        told = {name: value for name, value in values.items() if not math.isnan(value)}
-        line = json.dumps({"kind": kind, **told}, allow_nan=False) + "\n"
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"{self._path.parent}: {kind}: {name} is {value}, not a number: "
+                    "lower [train] lr or clip, and use another [train] out"
+                )
+        line = json.dumps({"kind": kind, **values}) + "\n"
         with storage(self._path):
             self._file.write(line.encode())
             self._file.flush()
@@ -695,6 +708,33 @@ class _Metrics:
             self._file.flush()
             os.fsync(self._file.fileno())
             return self._file.seek(0, os.SEEK_END)
+
+
+class _Pace:
+    """Time spent on training, and on waiting for data within it, since the last line of metrics."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.restart()
+
+    def restart(self) -> None:
+        self._begun, self._aside = perf_counter(), 0.0
+        self._waited = self._stream.wait_seconds
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Validation and checkpoints are no training."""
+        begun = perf_counter()
+        yield
+        self._aside += perf_counter() - begun
+
+    @property
+    def seconds(self) -> float:
+        return max(perf_counter() - self._begun - self._aside, 1e-9)
+
+    @property
+    def wait_share(self) -> float:
+        return min(1.0, (self._stream.wait_seconds - self._waited) / self.seconds)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -750,6 +790,34 @@ def _summary(run: _Run, *, already_done: bool) -> DistillSummary:
         seconds=train[-1]["seconds"],
         already_done=already_done,
     )
+
+
+def _require_finite(batch: Batch, caches: Sequence[Cache], split: str, when: str) -> None:
+    bad_B = (~batch.target.isfinite()).flatten(1).any(1).tolist()
+    if any(bad_B):
+        raise NonFiniteError(
+            f"{when}: the cache holds numbers that are not finite: "
+            f"{_name_windows(batch, caches, split, chosen=bad_B)}. No writer of ours lets these "
+            "pass: get the cache again, or extract it again"
+        )
+
+
+def _name_windows(
+    batch: Batch, caches: Sequence[Cache], split: str, *, chosen: Sequence[bool] | None = None
+) -> str:
+    """Where a batch's windows, or the chosen ones, come from: at most eight rows of each view."""
+    names, first = [], 0
+    for span in batch.spans:
+        rows = [
+            row
+            for i, row in enumerate(span.row.tolist(), start=first)
+            if chosen is None or chosen[i]
+        ]
+        if rows:
+            shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+            names.append(f"{caches[span.cache].path} {split} view {span.view} rows {shown}")
+        first += len(span.row)
+    return "; ".join(names)
 
 
 def _terms(losses: Losses) -> list[Tensor]:

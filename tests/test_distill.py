@@ -527,11 +527,12 @@ def test_numbers_that_run_away_stop_the_run_before_they_are_learnt(
         assert tensor.isfinite().all()
 
 
-def test_a_window_that_is_not_finite_is_named(tmp_path: Path) -> None:
-    path = build_cache(tmp_path / "cache", windows=32, valid=0, codec="exact", spoilt=21)
+@pytest.mark.parametrize("valid", [0, 16], ids=["training", "measuring"])
+def test_a_window_that_is_not_finite_is_named(tmp_path: Path, valid: int) -> None:
+    path = build_cache(tmp_path / "cache", windows=32, valid=valid, codec="exact", spoilt=21)
     with pytest.raises(NonFiniteError) as stop:
         distill(a_recipe(path, tmp_path / "run"))
-    assert f"the cache holds numbers that are not finite in: {path} train view 0 rows 21. " in str(
+    assert f"the cache holds numbers that are not finite: {path} train view 0 rows 21. " in str(
         stop.value
     )
 
