@@ -30,6 +30,7 @@ from had_pipe.progress import Progress, Reporter
 
 if TYPE_CHECKING:
     from had_pipe.cache import Cache
+    from had_pipe.extract import Survey
 
 _P = ParamSpec("_P")
 
@@ -343,6 +344,83 @@ def plan(
         found = survey(asked, device=device.value, offline=offline, report=report)
     if as_json:
         _print_json(found)
+        return
+    _print_facts(_survey_facts(found))
+    _next(f"had-pipe extract-teacher {recipe}")
+
+
+_DROPPED = {
+    "not ACGT": "letters other than A, C, G, T",
+    "not included": "outside the regions to include",
+    "excluded": "in the regions to exclude",
+    "between windows": "between windows, the stride being longer than they are",
+    "tail": "at the end of a stretch, too few for a window",
+}
+
+
+def _survey_facts(found: Survey) -> list[tuple[str, str]]:
+    """The one table of `plan`."""
+    teacher = found.teacher
+    revision = f"revision {teacher['revision']}, " if teacher["revision"] else ""
+    facts = [
+        ("cache", f"{found.cache} ({found.state})"),
+        ("teacher", f"{teacher['name']}, {revision}weights SHA-256 {teacher['weights_sha256']}"),
+        (
+            "",
+            f"{_layer(teacher['layer'])}, {found.channels:,} channels in {teacher['dtype']}, "
+            f"input {teacher['input']}",
+        ),
+    ]
+    for genome in found.genomes:
+        facts += [
+            (
+                "genome",
+                f"{genome['name']}, {genome['bases']:,} bases in "
+                f"{count(genome['contigs'], 'contig')}",
+            ),
+            ("", f"sequence-collection digest {genome['digest']}"),
+        ]
+    bases = sum(genome["bases"] for genome in found.genomes)
+    facts += _continued(
+        "windows",
+        [
+            f"{name}: {count(number, 'window')}, {count(found.views[name], 'view')}, "
+            f"{found.covered_bases[name]:,} bases ({found.covered_bases[name] / bases:.2%})"
+            for name, number in found.windows.items()
+        ],
+    )
+    dropped = [
+        f"{number:,} bases ({number / bases:.2%}): {_DROPPED.get(reason, reason)}"
+        for reason, number in found.dropped_bases.items()
+        if number
+    ]
+    facts += _continued("dropped", dropped or ["nothing"])
+    if found.other_letters:
+        letters = ", ".join(f"{n:,} {letter}" for letter, n in found.other_letters.items())
+        facts.append(("other letters", letters))
+    facts += [
+        ("k-mers", f"{found.kmers:,} for the teacher to read, {found.stored_groups:,} to store"),
+        ("parts", f"{found.parts:,} in {count(found.files, 'file')}"),
+        *_continued(
+            "size",
+            [
+                f"{size(nbytes)} as {codec}" + (", this recipe's" if codec == found.codec else "")
+                for codec, nbytes in found.nbytes.items()
+            ],
+        ),
+        ("free space", size(found.free_nbytes)),
+        (
+            "time",
+            f"about {duration(found.seconds)} at {figure(found.windows_per_second)} "
+            f"windows/s, from a short probe in batches of {found.batch}",
+        ),
+        ("licence", f"{found.licence}; the cache and every student inherit it"),
+    ]
+    return [*facts, *_continued("note", list(found.notes))]
+
+
+def _layer(layer: object) -> str:
+    return "after the final norm" if layer == -1 else f"output of block {layer}"
 
 
 @app.command("extract-teacher")
@@ -533,10 +611,13 @@ def _plan_facts(cache: Cache) -> list[tuple[str, str]]:
     plan = cache.plan
     teacher, windows = plan.teacher, plan.windows
     revision = f"revision {teacher.revision}, " if teacher.revision else ""
-    layer = "after the final norm" if teacher.layer == -1 else f"block {teacher.layer}"
     facts = [
         ("teacher", f"{teacher.name}, {revision}weights SHA-256 {teacher.weights_sha256}"),
-        ("", f"{layer}, {teacher.channels:,} channels in {teacher.dtype}, input {teacher.input}"),
+        (
+            "",
+            f"{_layer(teacher.layer)}, {teacher.channels:,} channels in {teacher.dtype}, "
+            f"input {teacher.input}",
+        ),
     ]
     for genome in plan.genomes:
         sensitive = "; SENSITIVE: not to be shared" if genome.sensitive else ""

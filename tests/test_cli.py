@@ -1,0 +1,542 @@
+"""The command line: what it says, where it says it, and which exit code it leaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer.main
+from build_cache import build_cache
+from conftest import REPOSITORY
+from typer.testing import CliRunner, Result
+
+from had_pipe import __version__, cli, errors
+from had_pipe.progress import Progress
+
+TINY = """
+[student]
+hidden_size = 32
+layers = 1
+gdn_heads = 2
+head_dim = 16
+expand_v = 1
+attention_heads = 2
+mlp = 32
+
+[train]
+out = "run"
+steps = 6
+batch = 8
+log_every = 2
+validate_every = 3
+validation_windows = 16
+checkpoint_every = 3
+"""
+
+
+def had_pipe(*words: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, [str(word) for word in words], prog_name="had-pipe")
+
+
+def in_a_process(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The installed command, its streams kept apart."""
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("had-pipe")), *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_cache(tmp_path_factory.mktemp("caches") / "one", windows=64, part=32)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, cache: Path) -> Path:
+    path = tmp_path / "x.toml"
+    path.write_text(f"[cache]\npath = {json.dumps(str(cache))}\n{TINY}", "utf-8")
+    return path
+
+
+def test_help_loads_nothing_heavy_and_costs_less_than_half_a_second() -> None:
+    code = (
+        "import sys\nfrom had_pipe import cli\nsys.argv = ['had-pipe', '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "print('loaded', *sys.modules)"
+    )
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        # Time of the processor, not of the clock: this machine may have other work.
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
+    loaded = set(done.stdout.rpartition("loaded")[2].split())
+    assert "had_pipe.cli" in loaded
+    heavy = {"torch", "transformers", "zarr", "numpy", "pyarrow", "matplotlib", "jinja2", "gtars"}
+    assert not loaded & heavy
+    assert not loaded & {"had_pipe.recipe", "had_pipe.cache", "had_pipe.report"}
+
+
+def test_the_command_line_is_the_documented_one_and_no_more() -> None:
+    def options(command: Any) -> set[str]:
+        return {o for p in command.params for o in p.opts if o.startswith("--")} - {"--help"}
+
+    group = typer.main.get_command(cli.app)
+    assert {name: options(command) for name, command in group.commands.items()} == {
+        "plan": {"--device", "--offline", "--json"},
+        "extract-teacher": {"--device", "--offline", "--repair"},
+        "distill": {"--cache", "--device"},
+        "report": {"--out"},
+        "doctor": {"--json"},
+        "cache": set(),
+    }
+    below = group.commands["cache"].commands
+    assert {name: options(command) for name, command in below.items()} == {
+        "inspect": {"--json"},
+        "verify": {"--level", "--json"},
+    }
+
+
+def test_the_version_is_told() -> None:
+    assert had_pipe("--version").output == f"had-pipe {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["distill"], ["frobnicate"], ["plan", "x.toml", "--device", "tpu"], ["cache", "verify"]],
+    ids=" ".join,
+)
+def test_a_line_that_is_no_command_exits_with_2(words: list[str]) -> None:
+    result = had_pipe(*words)
+    assert result.exit_code == 2
+    assert "Usage: had-pipe" in result.stderr
+    assert not result.stdout
+
+
+@pytest.mark.parametrize("verb", ["plan", "extract-teacher", "distill"])
+def test_a_fault_of_the_recipe_exits_with_2_and_keeps_its_brackets(
+    verb: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text('[cache]\npath = "c"\n[train]\nout = "r"\nstep = 1\nbatch = 1\n', "utf-8")
+    result = had_pipe(verb, path)
+    assert result.exit_code == 2
+    assert f"had-pipe: {path}: [train] missing key 'steps'\n" in result.stderr
+    assert f"{path}: [train] unknown key 'step'; did you mean 'steps'?" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_recipe_without_the_tables_of_a_stage_says_which_is_missing(
+    tmp_path: Path, cache: Path
+) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(f"[cache]\npath = {json.dumps(str(cache))}\n", "utf-8")
+    for verb, table in (("distill", "train"), ("plan", "teacher"), ("extract-teacher", "teacher")):
+        result = had_pipe(verb, path)
+        assert result.exit_code == 2, result.output
+        assert f"[{table}]" in result.stderr
+
+
+def test_a_folder_that_is_no_cache_or_no_run_is_refused_with_its_code(tmp_path: Path) -> None:
+    inspected = had_pipe("cache", "inspect", tmp_path)
+    assert inspected.exit_code == 4
+    assert str(tmp_path) in inspected.stderr
+    assert had_pipe("cache", "verify", tmp_path).exit_code == 4
+    reported = had_pipe("report", tmp_path)
+    assert reported.exit_code == 3
+    assert "not a run" in reported.stderr
+
+
+def test_inspect_says_what_a_cache_is(cache: Path) -> None:
+    result = had_pipe("cache", "inspect", cache)
+    assert result.exit_code == 0
+    told = had_pipe("cache", "inspect", cache, "--json")
+    facts = json.loads(told.stdout)
+    plan = facts["plan"]
+    assert facts["sealed"] is True
+    assert facts["parts_missing"] == 0
+    assert facts["nbytes"] == sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())
+    for shown in (
+        facts["id"],
+        plan["teacher"]["name"],
+        plan["teacher"]["weights_sha256"],
+        plan["genomes"][0]["digest"],
+        f"{plan['genomes'][0]['bases']:,} bases",
+        plan["licence"],
+        f"sealed, {facts['parts']} parts",
+        *(f"{name}: {split['windows']:,} window" for name, split in plan["splits"].items()),
+        *(name.replace("_", " ") for name in facts["fidelity"]),
+    ):
+        assert shown in result.stdout, shown
+
+
+def test_inspect_of_an_unfinished_cache_says_how_much_is_missing(tmp_path: Path) -> None:
+    path = build_cache(tmp_path / "part", windows=64, part=32)
+    (path / "manifest.json").unlink()
+    receipt = next((path / "parts" / "train").rglob("*.json"))
+    receipt.unlink()
+    result = had_pipe("cache", "inspect", path)
+    assert result.exit_code == 0
+    assert "not sealed: 1 of " in result.stdout
+    facts = json.loads(had_pipe("cache", "inspect", path, "--json").stdout)
+    assert facts["sealed"] is False
+    assert facts["parts_missing"] == 1
+
+
+def test_verify_names_a_flipped_byte_and_exits_with_4(tmp_path: Path) -> None:
+    path = build_cache(tmp_path / "flipped", windows=64, part=32)
+    sound = had_pipe("cache", "verify", path)
+    assert sound.exit_code == 0
+    assert "problem  none" in sound.stdout
+    shard = max(
+        (path / "data.zarr" / "train").rglob("value/c/*/*/*"), key=lambda p: p.stat().st_size
+    )
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    result = had_pipe("cache", "verify", path)
+    key = shard.relative_to(path).as_posix()
+    assert result.exit_code == 4
+    assert f"problem  {key}: SHA-256" in result.stdout
+    assert "1 problem found" in result.stderr
+    told = had_pipe("cache", "verify", path, "--json")
+    assert told.exit_code == 4
+    assert [problem["key"] for problem in json.loads(told.stdout)["problems"]] == [key]
+    # By names, lengths and JSON alone it cannot be seen.
+    assert had_pipe("cache", "verify", path, "--level", "structure").exit_code == 0
+
+
+def test_distill_and_report_make_a_student_and_a_page_once(recipe: Path) -> None:
+    run = recipe.parent / "run"
+    first = in_a_process("distill", recipe)
+    assert first.returncode == 0, first.stderr
+    assert "6 steps in" in first.stdout
+    assert "loss " in first.stdout and " -> " in first.stdout  # noqa: PT018
+    assert "held-out windows after step 6" in first.stdout
+    assert f"next  had-pipe report {run}" in first.stdout
+    assert (run / "student" / "model.safetensors").is_file()
+    # Progress has a line at once and the last one, on the other stream.
+    assert "steps" in first.stderr
+    assert "6 of 6 steps" in first.stderr
+    metrics = (run / "metrics.jsonl").read_bytes()
+
+    again = in_a_process("distill", recipe)
+    assert again.returncode == 0
+    assert "nothing was left to do" in again.stdout
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+    page = in_a_process("report", run)
+    assert page.returncode == 0
+    assert f"page  {run / 'report.html'}" in page.stdout
+    assert (run / "report.html").read_text("utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_training_that_is_stopped_exits_with_75_and_goes_on_where_it_was(
+    recipe: Path, number: signal.Signals
+) -> None:
+    text = recipe.read_text("utf-8")
+    recipe.write_text(text.replace("steps = 6", "steps = 20_000"), "utf-8")
+    metrics = recipe.parent / "run" / "metrics.jsonl"
+    command = [str(Path(sys.executable).with_name("had-pipe")), "distill", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as work:
+        while work.poll() is None and not (metrics.is_file() and '"train"' in metrics.read_text()):
+            time.sleep(0.05)
+        work.send_signal(number)
+        _, said = work.communicate(timeout=60)
+    assert work.returncode == 75, said
+    assert "run the same command again" in said.lower()
+    assert "Traceback" not in said
+    assert list((recipe.parent / "run" / "checkpoints").iterdir())
+
+
+def test_distill_takes_the_caches_that_it_is_given(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(f'[cache]\npath = "nowhere"\n{TINY}', "utf-8")
+    refused = had_pipe("distill", path)
+    assert refused.exit_code == 4
+    assert str(tmp_path / "nowhere") in refused.stderr
+    result = had_pipe("distill", path, "--cache", cache)
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    facts = json.loads(had_pipe("cache", "inspect", cache, "--json").stdout)
+    assert [one["id"] for one in told["caches"]] == [facts["id"]]
+
+
+def test_a_run_begun_by_another_recipe_is_refused_with_2(recipe: Path) -> None:
+    assert had_pipe("distill", recipe).exit_code == 0
+    recipe.write_text(recipe.read_text("utf-8").replace("batch = 8", "batch = 4"), "utf-8")
+    result = had_pipe("distill", recipe)
+    assert result.exit_code == 2
+    assert "batch" in result.stderr
+    assert "8" in result.stderr
+
+
+# Stage one, on a genome of one kilobase and the demo's teacher
+
+
+@pytest.fixture
+def stage_one(tmp_path: Path) -> Path:
+    """A recipe whose cache takes a second to make."""
+    base = np.random.default_rng(0).integers(0, 4, 3_000)
+    sequence = "".join("ACGT"[b] for b in base)
+    (tmp_path / "g.fa").write_text(f">one\n{sequence}\n>two\n{sequence[:1500]}NN\n", "utf-8")
+    path = tmp_path / "x.toml"
+    path.write_text(
+        f"""
+[teacher]
+name = {json.dumps(str(REPOSITORY / "pipelines" / "demo" / "teacher"))}
+[[genome]]
+name = "small"
+path = "g.fa"
+splits = {{ valid = ["two"] }}
+[windows]
+bases = 120
+stride = 120
+[cache]
+path = "cache"
+part = 8
+{TINY}""",
+        "utf-8",
+    )
+    return path
+
+
+def test_plan_tells_everything_and_writes_nothing(stage_one: Path) -> None:
+    before = sorted(stage_one.parent.iterdir())
+    result = had_pipe("plan", stage_one, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert sorted(stage_one.parent.iterdir()) == before
+    for shown in ("25", "12", "small", "Apache-2.0", "int8", "exact", "free"):
+        assert shown in result.stdout, result.stdout
+    assert f"next  had-pipe extract-teacher {stage_one}" in result.stdout
+    told = had_pipe("plan", stage_one, "--device", "cpu", "--json")
+    assert told.exit_code == 0
+    assert isinstance(json.loads(told.stdout), dict)
+
+
+def test_stage_one_makes_a_cache_once_and_stage_two_takes_it(stage_one: Path) -> None:
+    cache = stage_one.parent / "cache"
+    first = had_pipe("extract-teacher", stage_one, "--device", "cpu")
+    assert first.exit_code == 0, first.output
+    assert f"cache     {cache}\n" in first.stdout
+    assert f"next  had-pipe distill {stage_one}" in first.stdout
+    again = had_pipe("extract-teacher", stage_one, "--device", "cpu")
+    assert again.exit_code == 0
+    assert "nothing was left to do" in again.stdout
+    assert had_pipe("cache", "verify", cache).exit_code == 0
+    trained = had_pipe("distill", stage_one, "--device", "cpu")
+    assert trained.exit_code == 0, trained.output
+
+    changed = stage_one.read_text("utf-8").replace("[windows]", "[windows]\nseed = 1")
+    stage_one.write_text(changed, "utf-8")
+    refused = had_pipe("extract-teacher", stage_one, "--device", "cpu")
+    assert refused.exit_code == 4
+    assert "seed" in refused.stderr
+
+
+def test_repair_makes_again_what_a_flipped_byte_spoilt(stage_one: Path) -> None:
+    cache = stage_one.parent / "cache"
+    assert had_pipe("extract-teacher", stage_one, "--device", "cpu").exit_code == 0
+    shard = next((cache / "data.zarr" / "train").rglob("value/c/1/*/*"))
+    sound = shard.read_bytes()
+    shard.write_bytes(bytes([sound[0] ^ 1]) + sound[1:])
+    assert had_pipe("cache", "verify", cache).exit_code == 4
+    mended = had_pipe("extract-teacher", stage_one, "--device", "cpu", "--repair")
+    assert mended.exit_code == 0, mended.output
+    assert shard.read_bytes() == sound
+    assert had_pipe("cache", "verify", cache).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "said"),
+    [
+        ('path = "g.fa"', 'path = "h.fa"', 3, "h.fa"),
+        ('path = "g.fa"', 'path = "x.toml"', 3, "x.toml"),
+        ("bases = 120", "bases = 6000", 2, "at most 1,020 bases"),
+        ("bases = 120", "bases = 960\ninclude = 3", 2, "include"),
+        ("demo/teacher", "demo/nobody", 3, "nobody"),
+        ('["two"]', '["three"]', 2, "three"),
+    ],
+    ids=["no genome", "no FASTA", "beyond the teacher", "unknown key", "no teacher", "no contig"],
+)
+def test_bad_input_of_stage_one_is_told_and_leaves_nothing(
+    stage_one: Path, old: str, new: str, code: int, said: str
+) -> None:
+    text = stage_one.read_text("utf-8")
+    assert old in text
+    stage_one.write_text(text.replace(old, new), "utf-8")
+    result = had_pipe("extract-teacher", stage_one, "--device", "cpu")
+    assert result.exit_code == code, result.output
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (stage_one.parent / "cache" / "plan.json").exists()
+
+
+def test_doctor_says_which_kernel_runs_and_why() -> None:
+    result = had_pipe("doctor")
+    assert result.exit_code == 0
+    assert "torch-chunked on cpu: " in result.stdout
+    told = json.loads(had_pipe("doctor", "--json").stdout)
+    assert told["had_pipe"] == __version__
+    assert told["packages"]["torch"].startswith("2.")
+    assert told["delta_rule"]["cpu"]["name"] == "torch-chunked"
+
+
+def test_output_that_is_kept_in_a_file_has_no_colours(cache: Path) -> None:
+    for environment in ({}, {"NO_COLOR": "1"}):
+        done = in_a_process("cache", "inspect", cache, **environment)
+        assert "\x1b" not in done.stdout + done.stderr
+
+
+# What goes wrong: one small command that raises, behind the same door as every verb
+
+
+def answer(error: BaseException) -> Result:
+    app = typer.Typer(pretty_exceptions_enable=False)
+
+    @app.command()
+    @cli._answering
+    def fail() -> None:
+        raise error
+
+    return CliRunner().invoke(app, [])
+
+
+def every_error() -> list[type[errors.HadPipeError]]:
+    found = [errors.HadPipeError]
+    for cls in found:
+        found += cls.__subclasses__()
+    return [cls for cls in found if cls.__module__ == "had_pipe.errors"][1:]
+
+
+@pytest.mark.parametrize("cls", every_error(), ids=lambda cls: cls.__name__)
+def test_every_error_is_a_message_and_its_exit_code(cls: type[errors.HadPipeError]) -> None:
+    result = answer(cls("x.toml: [windows] bases = 7: must be [bold]6[/bold]"))
+    assert result.exit_code == cls.exit_code
+    assert result.stderr == "had-pipe: x.toml: [windows] bases = 7: must be [bold]6[/bold]\n"
+
+
+def test_ctrl_c_says_how_to_continue_and_exits_with_75() -> None:
+    result = answer(KeyboardInterrupt())
+    assert result.exit_code == 75
+    assert "run the same command again to continue" in result.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_a_failing_disk_exits_with_6(number: int) -> None:
+    result = answer(OSError(number, os.strerror(number), "/cache/x"))
+    assert result.exit_code == 6
+    assert f"/cache/x: {os.strerror(number).lower()}" in result.stderr
+
+
+def test_a_missing_extra_is_named_with_the_line_that_installs_it() -> None:
+    result = answer(ModuleNotFoundError("No module named 'gtars'", name="gtars.refget"))
+    assert result.exit_code == 2
+    assert "pip install 'had-pipe[extract]'" in result.stderr
+
+
+def test_a_bug_keeps_its_traceback_and_exits_with_1(tmp_path: Path) -> None:
+    for bug in (ValueError("bug"), OSError(errno.ENOENT, "x"), ModuleNotFoundError(name="torch")):
+        result = answer(bug)
+        assert result.exit_code == 1
+        assert result.exception is bug
+
+
+# Progress
+
+
+def a_moment(done: int, **changed: Any) -> Progress:
+    return Progress(
+        **{
+            "what": "training",
+            "total": 100,
+            "unit": "steps",
+            "seconds": 2.0 * done,
+            "done": done,
+            **changed,
+        }
+    )
+
+
+def test_a_log_has_the_first_moment_one_a_minute_and_the_last() -> None:
+    said: list[str] = []
+    now = 0.0
+    lines = cli.Lines(said.append, clock=lambda: now)
+    for second in range(200):
+        now = float(second)
+        lines(a_moment(second // 2, seconds=now))
+    assert [line.split("  ")[1] for line in said] == [
+        "0 of 100 steps",
+        "30 of 100 steps",
+        "60 of 100 steps",
+        "90 of 100 steps",
+    ]
+    lines.finish()
+    assert said[-1].startswith("training  99 of 100 steps")
+    lines.finish()
+    assert len(said) == 5
+
+
+def test_a_log_has_the_end_of_each_piece_of_work_at_once() -> None:
+    said: list[str] = []
+    lines = cli.Lines(said.append, clock=lambda: 0.0)
+    lines(a_moment(1))
+    lines(a_moment(2))
+    lines(a_moment(3, what="validating"))
+    lines(a_moment(100, what="validating"))
+    assert [line.split("  ")[:2] for line in said] == [
+        ["training", "1 of 100 steps"],
+        ["training", "2 of 100 steps"],
+        ["validating", "3 of 100 steps"],
+        ["validating", "100 of 100 steps"],
+    ]
+
+
+def test_a_line_of_progress_has_rate_time_left_and_facts() -> None:
+    moment = Progress(
+        what="extracting", done=1042, begun=42, total=7466, unit="windows", seconds=50.0,
+        facts={"loss": 1.23456, "device": "cpu"},
+    )  # fmt: skip
+    assert cli.describe(moment) == (
+        "extracting  1,042 of 7,466 windows  50 s  20 windows/s  5 min 21 s left  "
+        "loss 1.235  device cpu"
+    )
+    assert cli.describe(a_moment(0)) == "training  0 of 100 steps  0.0 s"
+    hashing = a_moment(1_000_000, what="verifying", total=4_000_000, unit="bytes", seconds=2.0)
+    assert cli.describe(hashing) == "verifying  1 MB of 4 MB  2.0 s  500 kB/s  6.0 s left"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (60, "1 min 0 s"), (3599, "59 min 59 s"),
+     (3600, "1 h 0 min"), (23040, "6 h 24 min")],
+)  # fmt: skip
+def test_time_is_said_in_two_units_at_most(seconds: float, said: str) -> None:
+    assert cli.duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "said"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (1_234_567, "1.23 MB"),
+     (999_600_000, "1 GB"),
+     (5.3e11, "530 GB"), (1.05e12, "1.05 TB"), (2e15, "2,000 TB")],
+)  # fmt: skip
+def test_sizes_are_said_in_decimal_units(nbytes: float, said: str) -> None:
+    assert cli.size(nbytes) == said
