@@ -126,8 +126,7 @@ class Plan(_Document):
     @cached_property
     def meaning(self) -> dict[str, Any]:
         """What a recipe decides, flat: key -> value. Two plans of one meaning are one cache."""
-        document = self.model_dump(mode="json", exclude={"contents", "splits", "statistics"})
-        return dict(_flatten(document, ""))
+        return meaning(self.model_dump(mode="json"))
 
     def parts(self) -> Iterator[Part]:
         """Every part of the cache, split by split, view by view."""
@@ -143,14 +142,12 @@ class Plan(_Document):
     @property
     def signals(self) -> tuple[Signal, ...]:
         """The sharded arrays of a view, in the order in which they are written."""
-        groups, channels = self.windows.stored, self.teacher.channels
-        if self.codec == "int8":
-            return (
-                Signal("embedding/value", "int8", (groups, channels)),
-                Signal("embedding/scale", "float16", (groups,)),
-            )
-        stored = "uint16" if self.teacher.dtype == "bfloat16" else self.teacher.dtype
-        return (Signal("embedding/value", stored, (groups, channels)),)
+        return signals(
+            self.codec,
+            self.teacher.dtype,
+            groups=self.windows.stored,
+            channels=self.teacher.channels,
+        )
 
     def keys(self) -> Iterator[str]:
         """Every data object and receipt a sealed cache holds, metadata and manifest apart."""
@@ -200,6 +197,17 @@ class Signal:
     def stride(self) -> int:
         """Bytes from one window to the next in a shard."""
         return self.nbytes + CRC_NBYTES
+
+
+def signals(codec: str, dtype: str, *, groups: int, channels: int) -> tuple[Signal, ...]:
+    """What a codec stores of a teacher that computes in `dtype`."""
+    if codec == "int8":
+        return (
+            Signal("embedding/value", "int8", (groups, channels)),
+            Signal("embedding/scale", "float16", (groups,)),
+        )
+    stored = "uint16" if dtype == "bfloat16" else dtype
+    return (Signal("embedding/value", stored, (groups, channels)),)
 
 
 @dataclass(frozen=True, order=True)
@@ -297,6 +305,12 @@ class Manifest(_Document):
 
     def to_json(self) -> bytes:
         return canonical_json(self.model_dump(mode="json"))
+
+
+def meaning(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan's fields that a recipe decides, flat, without those that follow from them."""
+    derived = ("contents", "splits", "statistics")
+    return dict(_flatten({k: v for k, v in document.items() if k not in derived}, ""))
 
 
 def canonical_json(value: object) -> bytes:

@@ -28,6 +28,7 @@ from had_pipe.cache.layout import (
     CRC_NBYTES,
     DATA,
     PLAN,
+    WINDOWS,
     Manifest,
     Part,
     Plan,
@@ -64,6 +65,15 @@ class Block:
     """(B, G, D), rows in the orientation the teacher saw."""
     scale: npt.NDArray[np.float16] | None
     """(B, G), or None where the codec has none."""
+
+
+@dataclass(frozen=True)
+class Locus:
+    """A window's place: 0-based start on a contig of a genome."""
+
+    genome: str
+    contig: str
+    start: int
 
 
 class Cache:
@@ -106,7 +116,8 @@ class Cache:
 
     def rows(self, split: str) -> int:
         """How many windows a split has."""
-        return self._split(split).windows
+        windows: int = self._split(split).windows
+        return windows
 
     def views(self, split: str) -> tuple[int, ...]:
         """The views of a split."""
@@ -166,6 +177,24 @@ class Cache:
             out[chosen] = chunk[rows[chosen] - int(number) * self.plan.part]
         return out
 
+    def seen(
+        self, part: Part
+    ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """What was planned for a part, made or not: k-mer ids (B, T), mask (B, T), reversed (B)."""
+        windows, kmers = self.plan.part_windows(part), self.plan.windows.kmers
+        below = f"{DATA}/{part.split}/{part.view}"
+        whole = self.plan.part
+        mask = self._chunk(f"{below}/mask/c/{part.number}/0", "bool", (whole, kmers))
+        reverse = self._chunk(f"{below}/reversed/c/{part.number}", "bool", (whole,))
+        kmer_id = self._kmer_chunk(part.split, part.number)
+        return kmer_id[:windows], mask[:windows], reverse[:windows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a sealed cache's objects."""
+        assert self._manifest is not None
+        return sum(record.nbytes for record in self._manifest.objects.values())
+
     @property
     def attributes(self) -> Mapping[str, Any]:
         """The attributes of the store's root: licence, decode, orientation, fidelity."""
@@ -180,6 +209,21 @@ class Cache:
         """What the codec lost on held-out groups, measured when the cache was made."""
         fidelity: Mapping[str, float] = self.attributes["fidelity"]
         return fidelity
+
+    def locus(self, split: str, row: int) -> Locus:
+        """Where a window lies on its genome."""
+        import pyarrow.parquet as pq
+
+        self._split(split)
+        before = sum(self.rows(name) for name in sorted(self.plan.splits) if name < split)
+        table = pq.ParquetFile(self.path / WINDOWS)
+        for number in range(table.num_row_groups):
+            inside = table.metadata.row_group(number).num_rows
+            if before + row < inside:
+                found = table.read_row_group(number).slice(before + row, 1).to_pylist()[0]
+                return Locus(found["genome"], found["contig"], found["start"])
+            before -= inside
+        raise CacheCorrupt(f"{self.path}: {WINDOWS} has no row {row} of {split!r}")
 
     def receipt(self, part: Part) -> Receipt:
         """The receipt of one part, held against the manifest."""
@@ -218,8 +262,8 @@ class Cache:
 
     def _prepare(self, part: Part) -> _OpenPart:
         plan, receipt = self.plan, self.receipt(part)
-        windows, kmers = plan.part_windows(part), plan.windows.kmers
-        below = f"{DATA}/{part.split}/{part.view}"
+        windows = plan.part_windows(part)
+        kmer_id, mask, reverse = self.seen(part)
         shards = [
             _Shard.open(
                 self.path,
@@ -232,9 +276,9 @@ class Cache:
             for signal in plan.signals
         ]
         return _OpenPart(
-            kmer_id=self._kmer_chunk(part.split, part.number),
-            mask=self._chunk(f"{below}/mask/c/{part.number}/0", "bool", (plan.part, kmers)),
-            reversed=self._chunk(f"{below}/reversed/c/{part.number}", "bool", (plan.part,)),
+            kmer_id=kmer_id,
+            mask=mask,
+            reversed=reverse,
             value=shards[0],
             scale=shards[1].read_all(check=self._check) if len(shards) > 1 else None,
         )
@@ -333,7 +377,7 @@ def _agree(cache: Path, manifest: Manifest, plan: Plan, raw_plan: bytes) -> None
 
 def expected_keys(plan: Plan) -> set[str]:
     """Every file of a sealed cache but its manifest."""
-    return {PLAN, "windows.parquet", *plan.metadata_keys(), *plan.keys()}
+    return {PLAN, WINDOWS, *plan.metadata_keys(), *plan.keys()}
 
 
 def _remedy(cache: Path) -> str:
@@ -468,6 +512,6 @@ class _OpenPart:
 def _row_views(array: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> list[memoryview]:
     """The bytes of some rows of an array, writable in place."""
     assert array.flags.c_contiguous
-    flat = memoryview(array.reshape(-1).view(np.uint8))
+    flat = array.reshape(-1).view(np.uint8).data
     nbytes = array[0].nbytes
     return [flat[row * nbytes : (row + 1) * nbytes] for row in rows.tolist()]

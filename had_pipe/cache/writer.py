@@ -124,7 +124,7 @@ def create(
 def digest(array: npt.NDArray[Any]) -> str:
     """SHA-256 of an array's elements in C order, little-endian."""
     plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    return hashlib.sha256(plain.view(np.uint8).reshape(-1)).hexdigest()
+    return hashlib.sha256(plain.view(np.uint8).reshape(-1).data).hexdigest()
 
 
 def statistics_digest(statistics: Statistics) -> str:

@@ -7,6 +7,8 @@ order of A, C, G, T. Teachers map ids to their own tokens; no file holds a teach
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import numpy as np
 import numpy.typing as npt
 
@@ -56,7 +58,8 @@ def reverse_complement(kmer_id_WT: npt.NDArray[np.uint16]) -> npt.NDArray[np.uin
 
 def masked_groups(mask_ratio: float, kmers: int) -> int:
     """How many of `kmers` groups are masked: round(ratio * T), halves up."""
-    return int(np.floor(mask_ratio * kmers + 0.5))
+    # Decimal, because 0.29 * 50 is 14.499999999999998 in binary and 14.5 to whoever wrote it.
+    return int(Decimal(repr(mask_ratio)) * kmers + Decimal("0.5"))
 
 
 def group_masks(
