@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from had_pipe.cache import Cache
     from had_pipe.extract import Survey
 
+# Threads that wait must sleep: on a busy machine OpenMP's spinning costs ten times the work itself.
+# Read when torch is loaded, so set before.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 _P = ParamSpec("_P")
 
 # Markup is off in the help: a recipe's [tables] would be read as styles.
