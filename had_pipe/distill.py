@@ -24,7 +24,7 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from hashlib import sha256
@@ -69,6 +69,8 @@ from had_pipe.students import (
 FORMAT = "had-run/1"
 FLOOR_WINDOWS = 8192
 """Training windows that the floors are learnt from, at most."""
+_FLOOR_ELEMENTS = 1 << 22
+"""Elements of an embedding in one batch of that."""
 
 _RUN, _METRICS, _CHECKPOINTS, _STUDENT = "run.json", "metrics.jsonl", "checkpoints", "student"
 _TERMS = ("loss", "align", "reconstruct", "accuracy", "cosine")
@@ -464,29 +466,23 @@ class _Run:
 
     # Measuring
 
-    def _held_out(self) -> Callable[[str], Iterator[Batch]] | None:
-        """The held-out windows, batch by batch, told as `what`; None where there are none."""
+    def _held_out(self) -> list[Cache]:
+        """The caches that have windows to validate on."""
         split = self.config.validation_split
-        caches = [c for c in self.caches if split in c.plan.splits and c.plan.splits[split].windows]
-        if not caches:
-            return None
-        return lambda what: self._pass(caches, split, self.config.validation_windows, what)
+        return [c for c in self.caches if split in c.plan.splits and c.plan.splits[split].windows]
 
     def _pass(
-        self, caches: Sequence[Cache], split: str, windows: int, what: str
+        self, caches: Sequence[Cache], split: str, windows: int, *, batch: int, what: str
     ) -> Iterator[Batch]:
+        """The first windows of a split, told of as `what`."""
         total = min(windows, sum(cache.plan.splits[split].windows for cache in caches))
         begun, done = perf_counter(), 0
-        for batch in first_windows(
-            caches,
-            split=split,
-            windows=windows,
-            batch=self.config.batch,
-            device=self._device,
+        for read in first_windows(
+            caches, split=split, windows=windows, batch=batch, device=self._device
         ):
-            _require_finite(batch, caches, split, f"{self.out}: {what}")
-            yield batch
-            done += len(batch.kmer_id)
+            _require_finite(read, caches, split, f"{self.out}: {what}")
+            yield read
+            done += len(read.kmer_id)
             self._report(
                 Progress(
                     what=what,
@@ -499,14 +495,20 @@ class _Run:
 
     @torch.no_grad()
     def _validate(self, step: int, metrics: _Metrics) -> None:
-        held_out = self._held_out()
-        if held_out is None:
+        held_out, config = self._held_out(), self.config
+        if not held_out:
             return
         nn.Module.eval(self.student)
         self.objective.eval()
         sums = torch.zeros(len(_TERMS), dtype=torch.float64, device=self._device)
         windows = 0
-        for batch in held_out("validating"):
+        for batch in self._pass(
+            held_out,
+            config.validation_split,
+            config.validation_windows,
+            batch=config.batch,
+            what="validating",
+        ):
             # Every window has as many visible and masked groups: means of batches weigh by windows.
             sums += torch.stack(_terms(self._losses(batch))).double() * len(batch.kmer_id)
             windows += len(batch.kmer_id)
@@ -518,15 +520,18 @@ class _Run:
     @torch.no_grad()
     def _measure_floors(self, metrics: _Metrics) -> None:
         """What the held-out figures are without a student: nothing of it looks at a neighbour."""
-        held_out = self._held_out()
-        if held_out is None:
+        held_out, config = self._held_out(), self.config
+        if not held_out:
             return
-        channels = self.caches[0].plan.teacher.channels
-        device = self._device
+        plan = self.caches[0].plan
+        # Long batches: what is done with each is little, and setting it going costs more.
+        many = max(1, _FLOOR_ELEMENTS // (plan.windows.stored * plan.teacher.channels))
+        what = "measuring the floors"
+        channels, device = plan.teacher.channels, self._device
         table_KD = torch.zeros(kmers.KMERS, channels, dtype=torch.float64, device=device)
         count_K = torch.zeros(kmers.KMERS, dtype=torch.float64, device=device)
         every_K = torch.zeros(kmers.KMERS, dtype=torch.float64, device=device)
-        for batch in self._pass(self.caches, "train", FLOOR_WINDOWS, "measuring the floors"):
+        for batch in self._pass(self.caches, "train", FLOOR_WINDOWS, batch=many, what=what):
             kmer_id, target = self._visible_pairs(batch)
             table_KD.index_add_(0, kmer_id, target.double())
             count_K += torch.bincount(kmer_id, minlength=kmers.KMERS)
@@ -544,7 +549,9 @@ class _Run:
         squares = torch.zeros(4, dtype=torch.float64, device=device)
         masked_4 = torch.zeros(4, dtype=torch.float64, device=device)
         groups = windows = 0
-        for batch in held_out("measuring the floors"):
+        for batch in self._pass(
+            held_out, config.validation_split, config.validation_windows, batch=many, what=what
+        ):
             kmer_id, target = self._visible_pairs(batch)
             squares += torch.stack(
                 [
