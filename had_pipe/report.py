@@ -163,7 +163,7 @@ def _alignment(last: Row, floors: Row) -> list[str]:
     else:
         table_says = (
             "It does not beat the k-mer table (the mean embedding of each k-mer): its error is "
-            f"{_larger(-beyond_table)}. Nothing here shows that it uses context yet."
+            f"{_larger(-beyond_table)}, so alignment does not show yet that it reads context."
         )
     if beyond_mean > 0:
         mean_says = (
