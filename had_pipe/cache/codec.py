@@ -24,7 +24,7 @@ Array = Any
 STD_FLOOR = 0.01
 """Least channel std, as a share of the median: a dead channel must not become noise."""
 
-_SMALLEST_SCALE = 2.0**-24  # float16's smallest number above 0
+_SCALES = (2.0**-24, 65504.0)  # float16 without 0 and infinity
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Codec:
             return (_bits(x) if self.dtype == "bfloat16" else x), None
         z = (_cast(x, "float32") - mean_D) / std_D
         largest = _namespace(z).amax(abs(z), -1)
-        scale = _cast((largest / 127).clip(_SMALLEST_SCALE, None), "float16")
+        scale = _cast((largest / 127).clip(*_SCALES), "float16")
         value = (z / _cast(scale, "float32")[..., None]).round().clip(-127, 127)
         return _cast(value, "int8"), scale
 

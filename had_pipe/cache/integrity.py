@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from had_pipe.cache.layout import (
     DATA,
@@ -28,9 +28,9 @@ from had_pipe.cache.layout import (
     read_plan,
     read_receipt,
 )
-from had_pipe.cache.reader import check_receipt, expected_keys
+from had_pipe.cache.reader import Cache, check_receipt, expected_keys, refuse_endless
 from had_pipe.draws import Purpose, permutation
-from had_pipe.durable import storage, sync_folder, write_file
+from had_pipe.durable import make_folder, storage, sync_folder, write_file
 from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete
 from had_pipe.progress import Progress, Reporter, silent
 
@@ -82,13 +82,15 @@ def numerics_class(cache: Path, plan: Plan) -> Mapping[str, str | int] | None:
 def seal(cache: Path, *, report: Reporter = silent) -> Manifest:
     """Write the manifest, once every part is there; then `.work/` goes.
 
-    Shards are held against their receipts by length, all else is hashed. Raises CacheIncomplete or
-    CacheCorrupt.
+    Shards are held against their receipts by length; all else is hashed, and the arrays made at
+    plan time are held against the plan. Raises CacheIncomplete or CacheCorrupt.
     """
     plan, raw = read_plan(cache)
     missing = missing_parts(cache, plan)
     if missing:
         raise CacheIncomplete(f"{cache}: {len(missing):,} parts are missing, {missing[0]} first")
+    for problem in _planned_problems(cache, plan):
+        raise CacheCorrupt(f"{cache}: {problem}")
     objects = {PLAN: _record(raw)}
     numerics = None
     for part in plan.parts():
@@ -128,6 +130,7 @@ def seal(cache: Path, *, report: Reporter = silent) -> Manifest:
             )
         )
     manifest = Manifest.build(plan, objects)
+    make_folder(cache / WORK)
     write_file(cache / MANIFEST, manifest.to_json(), aside=cache / WORK)
     clear_work(cache)
     return manifest
@@ -146,19 +149,28 @@ def verify(cache: Path, *, level: Level = "everything", report: Reporter = silen
 
     `structure`: every file present, of the right length, nothing besides; JSON and metadata hashed.
     `sample`: also one of twenty large objects, always the same ones. `everything`: every byte.
-    An unsealed cache is verified as far as it has receipts.
+    An unsealed cache is verified as far as it has receipts. Raises CacheRefused where plan.json or
+    the manifest themselves cannot be read.
     """
     plan, raw = read_plan(cache)
     manifest = read_manifest(cache)
     problems: list[Problem] = []
     records: dict[str, ObjectRecord] = {PLAN: _record(raw)}
     if manifest is not None:
-        records = dict(manifest.objects)
-        problems += _key_problems(expected_keys(plan), records)
+        refuse_endless(cache, plan, manifest)
+        if manifest.plan != plan.id:
+            problems.append(
+                Problem(MANIFEST, f"of plan {manifest.plan[:12]}...", f"{plan.id[:12]}...", _AGAIN)
+            )
+        expected = expected_keys(plan)
+        problems += _key_problems(expected, manifest.objects)
+        # Keys that a stranger made up are named, and never followed.
+        records = {key: entry for key, entry in manifest.objects.items() if key in expected}
+    else:
+        problems += _planned_problems(cache, plan)
     for part in plan.parts():
         problems += _part_problems(cache, plan, part, records, sealed=manifest is not None)
     problems += _file_problems(cache, records, sealed=manifest is not None)
-
     lengths = {}
     for key, record in sorted(records.items()):
         problem = _length_problem(cache, key, record)
@@ -242,11 +254,61 @@ def _remedy(key: str) -> str:
     return "made when the cache was planned: copy it again, or make the cache anew"
 
 
+_AGAIN = "copy the cache again"
+
+
 def _key_problems(expected: set[str], found: Mapping[str, object]) -> Iterator[Problem]:
     for key in sorted(expected - set(found)):
         yield Problem(key, "not in the manifest", "an entry", "copy manifest.json again")
     for key in sorted(set(found) - expected):
-        yield Problem(key, "in the manifest", "no such object in the plan", "copy it again")
+        yield Problem(key, "in the manifest", "no such object in the plan", _AGAIN)
+
+
+def _planned_problems(cache: Path, plan: Plan) -> Iterator[Problem]:
+    """What was made at plan time against the digests in the plan."""
+    found: dict[str, Any] = {"windows": _windows_digest(cache / WINDOWS)}
+    try:
+        opened = Cache(cache, plan, None, check="always")
+        found |= {"statistics/embedding/mean": hashlib.sha256(opened.mean.data)}
+        found |= {"statistics/embedding/std": hashlib.sha256(opened.std.data)}
+        for part in plan.parts():
+            below = f"{part.split}/{part.view}"
+            kmer_id, mask, reverse = opened.seen(part)
+            found.setdefault(f"{below}/mask", hashlib.sha256()).update(mask.data)
+            found.setdefault(f"{below}/reversed", hashlib.sha256()).update(reverse.data)
+            if part.view == plan.splits[part.split].views[0]:
+                found.setdefault(f"{part.split}/kmer_id", hashlib.sha256()).update(kmer_id.data)
+    except CacheError as error:
+        yield Problem(DATA, str(error), "what was planned", _remedy(DATA))
+        return
+    for name in sorted({*found, *plan.contents}):
+        digest = found[name].hexdigest() if name in found else None
+        expected = plan.contents.get(name)
+        if digest != expected:
+            key = WINDOWS if name == "windows" else f"{DATA}/{name}"
+            yield Problem(key, f"contents {digest}", f"{expected}", _remedy(key))
+
+
+def _windows_digest(path: Path) -> Any:
+    """The digest of the window table, taken of its text as docs/cache-format.md says."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lines = hashlib.sha256()
+    if path.is_symlink() or not path.is_file():
+        return lines
+    names = ("split", "window", "genome", "contig", "start", "soft_masked_bases", "index")
+    try:
+        with path.open("rb") as file, pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(columns=list(names)):
+                columns = [batch.column(name).to_pylist() for name in names]
+                text = "".join(
+                    "\t".join(map(str, row)) + "\n" for row in zip(*columns, strict=True)
+                )
+                lines.update(text.encode())
+    except (pa.ArrowException, OSError, LookupError):
+        lines.update(b"unreadable")  # the digest of no table
+    return lines
 
 
 def _part_problems(
@@ -278,6 +340,7 @@ def _file_problems(
     cache: Path, records: Mapping[str, object], *, sealed: bool
 ) -> Iterator[Problem]:
     """Links, special files, and what does not belong there."""
+    folders = {parent.as_posix() for key in records for parent in Path(key).parents}
     for folder, names, files in os.walk(cache):
         here = Path(folder).relative_to(cache)
         if here == Path():
@@ -287,8 +350,9 @@ def _file_problems(
             key = (here / name).as_posix()
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
                 yield Problem(key, "a link or special file", "an ordinary file", "remove it")
-            elif sealed and path.is_file() and key not in records and key != MANIFEST:
-                yield Problem(key, "a file", "nothing of that name", "remove it")
+            elif sealed and key not in records and key not in folders and key != MANIFEST:
+                kind = "a folder" if path.is_dir() else "a file"
+                yield Problem(key, kind, "nothing of that name", "remove it")
 
 
 def _length_problem(cache: Path, key: str, record: ObjectRecord) -> Problem | None:

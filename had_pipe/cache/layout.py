@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from had_pipe.errors import CacheRefused
 
@@ -34,9 +35,9 @@ CRC_NBYTES = 4
 ABSENT = 2**64 - 1
 """Offset and length of a row that a shard does not hold."""
 
-# Ceilings for files a stranger may have made: a receipt of 2**20 windows has about 11 MB.
-_LARGEST_JSON = {PLAN: 1 << 26, MANIFEST: 1 << 30}
-_LARGEST_RECEIPT = 1 << 26
+# Ceilings for JSON a stranger may have made: a receipt of 2**20 windows has about 11 MB.
+LARGEST_JSON = 1 << 26
+_LARGEST_MANIFEST = 1 << 30
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SplitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
@@ -46,6 +47,10 @@ class _Document(BaseModel):
     """Part of a JSON file of the format: nothing unknown, nothing converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def to_json(self) -> bytes:
+        """The document as it lies on disk."""
+        return canonical_json(self.model_dump(mode="json"))
 
 
 class GenomePlan(_Document):
@@ -120,9 +125,6 @@ class Plan(_Document):
         """The plan id: SHA-256 of plan.json."""
         return hashlib.sha256(self.to_json()).hexdigest()
 
-    def to_json(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json"))
-
     @cached_property
     def meaning(self) -> dict[str, Any]:
         """What a recipe decides, flat: key -> value. Two plans of one meaning are one cache."""
@@ -138,6 +140,11 @@ class Plan(_Document):
     def part_windows(self, part: Part) -> int:
         """Windows in a part; the last of a split may be short."""
         return min(self.part, self.splits[part.split].windows - part.number * self.part)
+
+    @property
+    def part_count(self) -> int:
+        """How many parts there are, without walking through them: a stranger's plan may be huge."""
+        return sum(-(-s.windows // self.part) * len(s.views) for s in self.splits.values())
 
     @property
     def signals(self) -> tuple[Signal, ...]:
@@ -243,12 +250,19 @@ def shard_nbytes(signal: Signal, *, windows: int, part: int) -> int:
     return windows * signal.stride + part * 16 + CRC_NBYTES
 
 
+def _crc_list(text: str) -> str:
+    raw = base64.b64decode(text, validate=True)
+    if len(raw) % CRC_NBYTES or base64.b64encode(raw).decode("ascii") != text:
+        raise ValueError("no whole number of CRCs in plain base64")
+    return text
+
+
 class ShardRecord(_Document):
     """What a receipt says of one shard."""
 
     nbytes: Annotated[int, Field(ge=0)]
     sha256: Sha256
-    crc32c: str
+    crc32c: Annotated[str, AfterValidator(_crc_list)]
     """CRC32C of each window's payload: little-endian uint32, base64."""
 
     @staticmethod
@@ -271,9 +285,6 @@ class Receipt(_Document):
     windows: Annotated[int, Field(gt=0)]
     numerics: dict[str, str | int]
     objects: dict[str, ShardRecord]
-
-    def to_json(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json"))
 
 
 class ObjectRecord(_Document):
@@ -303,9 +314,6 @@ class Manifest(_Document):
         rest = canonical_json(self.model_dump(mode="json", exclude={"id"}))
         return hashlib.sha256(rest).hexdigest()
 
-    def to_json(self) -> bytes:
-        return canonical_json(self.model_dump(mode="json"))
-
 
 def meaning(document: Mapping[str, Any]) -> dict[str, Any]:
     """A plan's fields that a recipe decides, flat, without those that follow from them."""
@@ -330,19 +338,15 @@ def read_plan(cache: Path) -> tuple[Plan, bytes]:
             "`had-pipe extract-teacher` made"
         )
     raw = read_small(path)
-    plan = _parse(Plan, raw, path)
-    # Anything else would not be canonical, and the plan id would depend on the spelling.
-    if plan.to_json() != raw:
-        raise CacheRefused(f"{path}: not canonical JSON, so it was edited; restore the original")
-    return plan, raw
+    return _parse(Plan, raw, path), raw
 
 
 def read_manifest(cache: Path) -> Manifest | None:
     """manifest.json, its id checked, or None where the cache is not sealed."""
     path = cache / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    manifest = _parse(Manifest, read_small(path), path)
+    manifest = _parse(Manifest, read_small(path, limit=_LARGEST_MANIFEST), path)
     if manifest.computed_id != manifest.id:
         raise CacheRefused(
             f"{path}: its id is {manifest.id[:12]}..., its contents make "
@@ -353,20 +357,32 @@ def read_manifest(cache: Path) -> Manifest | None:
 
 def read_receipt(cache: Path, part: Part) -> tuple[Receipt, bytes]:
     """One receipt, checked for form, and its bytes. Raises CacheRefused; the caller checks more."""
-    path = cache / part.receipt_key
-    raw = read_small(path)
-    return _parse(Receipt, raw, path), raw
+    raw = read_small(cache / part.receipt_key)
+    return parse_receipt(cache, part, raw), raw
 
 
-def read_small(path: Path) -> bytes:
-    """A JSON file's bytes, if it is an ordinary file of a sane length."""
+def parse_receipt(cache: Path, part: Part, raw: bytes) -> Receipt:
+    """A receipt from its bytes. Raises CacheRefused."""
+    return _parse(Receipt, raw, cache / part.receipt_key)
+
+
+def read_small(path: Path, *, limit: int = LARGEST_JSON) -> bytes:
+    """A file's bytes, if it is an ordinary file of a sane length."""
     if path.is_symlink() or not path.is_file():
         raise CacheRefused(f"{path}: expected an ordinary file; a cache holds no links")
-    limit = _LARGEST_JSON.get(path.name, _LARGEST_RECEIPT)
     nbytes = path.stat().st_size
     if nbytes > limit:
-        raise CacheRefused(f"{path}: {nbytes:,} bytes, more than the {limit:,} a cache may have")
+        raise CacheRefused(f"{path}: {nbytes:,} bytes, expected at most {limit:,}; copy it again")
     return path.read_bytes()
+
+
+def refuse_links(cache: Path, key: str) -> None:
+    """Raise CacheRefused where a link on the way to an object could lead out of the cache."""
+    path = cache
+    for name in key.split("/"):
+        path = path / name
+        if path.is_symlink():
+            raise CacheRefused(f"{path}: a link; a cache holds none: copy the cache again")
 
 
 _Model = TypeVar("_Model", bound=_Document)
@@ -378,17 +394,21 @@ def _parse(model: type[_Model], raw: bytes, path: Path) -> _Model:
         found = value.get("format") if isinstance(value, dict) else None
         if found != FORMAT:
             raise CacheRefused(
-                f"{path}: format {found!r}; this version of had-pipe reads {FORMAT!r}"
+                f"{path}: format {repr(found)[:60]}; this version of had-pipe reads {FORMAT!r}"
             )
-        return model.model_validate(value)
+        document = model.model_validate(value)
     except (ValueError, RecursionError) as error:
         if isinstance(error, ValidationError):
             fault = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in fault["loc"])
-            reason = f"{where}: {fault['msg']}"
+            reason = f"{where[:200]}: {fault['msg']}"
         else:
             reason = str(error)
-        raise CacheRefused(f"{path}: not what format 1 says: {reason}") from error
+        raise CacheRefused(f"{path}: not what format 1 says: {reason}; copy it again") from error
+    # Or the ids, which are hashes of these bytes, would depend on the spelling.
+    if document.to_json() != raw:
+        raise CacheRefused(f"{path}: not canonical JSON, so it was edited; restore the original")
+    return document
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

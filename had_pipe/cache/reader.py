@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -27,7 +28,9 @@ from had_pipe.cache.codec import Codec
 from had_pipe.cache.layout import (
     CRC_NBYTES,
     DATA,
+    LARGEST_JSON,
     PLAN,
+    RECEIPTS,
     WINDOWS,
     Manifest,
     Part,
@@ -35,10 +38,11 @@ from had_pipe.cache.layout import (
     Receipt,
     ShardRecord,
     Signal,
+    parse_receipt,
     read_manifest,
     read_plan,
-    read_receipt,
     read_small,
+    refuse_links,
     shard_index,
     shard_nbytes,
 )
@@ -91,6 +95,7 @@ class Cache:
         self._parts: OrderedDict[Part, _OpenPart] = OrderedDict()
         self._checked: dict[Part, npt.NDArray[np.bool_]] = {}
         self._lock = threading.Lock()
+        self._windows_checked = False
         self.mean = self._statistic("mean")
         self.std = self._statistic("std")
 
@@ -101,17 +106,16 @@ class Cache:
         An unsealed cache is refused unless `incomplete`, which gives the parts that have receipts.
         Raises CacheRefused, CacheIncomplete or CacheCorrupt.
         """
-        plan, raw = read_plan(path)
+        plan, _ = read_plan(path)
         manifest = read_manifest(path)
         if manifest is None and not incomplete:
-            total = sum(1 for _ in plan.parts())
-            found = sum((path / part.receipt_key).is_file() for part in plan.parts())
+            found = sum(1 for _ in (path / RECEIPTS).glob("*/*/*.json"))
             raise CacheIncomplete(
-                f"{path}: not finished: {found:,} of {total:,} parts are there and no manifest. "
-                "Run the same `had-pipe extract-teacher` command again to finish it"
+                f"{path}: not finished: {found:,} of {plan.part_count:,} parts are there and no "
+                "manifest. Run the same `had-pipe extract-teacher` command again to finish it"
             )
         if manifest is not None:
-            _agree(path, manifest, plan, raw)
+            _agree(path, manifest, plan)
         return cls(path, plan, manifest, check=check)
 
     def rows(self, split: str) -> int:
@@ -147,7 +151,7 @@ class Cache:
         of_split = self._split(split)
         if view not in of_split.views:
             raise CacheError(f"{self.path}: {split!r} has views {of_split.views}, not {view}")
-        assert len(rows) == 0 or (rows.min() >= 0 and rows.max() < of_split.windows)
+        assert _inside(rows, of_split.windows)
         order = np.argsort(rows, kind="stable")
         numbers = rows[order] // self.plan.part
         for first, last in _runs(numbers, step=0):
@@ -169,6 +173,7 @@ class Cache:
 
     def read_kmers(self, split: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
         """K-mer ids (B, T) of any rows of a split, forward strand."""
+        assert _inside(rows, self.rows(split))
         out = np.empty((len(rows), self.plan.windows.kmers), dtype=np.uint16)
         numbers = rows // self.plan.part
         for number in np.unique(numbers):
@@ -200,8 +205,13 @@ class Cache:
         """The attributes of the store's root: licence, decode, orientation, fidelity."""
         import json
 
-        raw = self._object(f"{DATA}/zarr.json")
-        attributes: Mapping[str, Any] = json.loads(raw)["attributes"]
+        key = f"{DATA}/zarr.json"
+        try:
+            attributes: Mapping[str, Any] = json.loads(self._object(key))["attributes"]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise CacheCorrupt(
+                f"{self.path}: {key} is not the JSON of a Zarr group; {_remedy(self.path)}"
+            ) from error
         return attributes
 
     @property
@@ -212,27 +222,45 @@ class Cache:
 
     def locus(self, split: str, row: int) -> Locus:
         """Where a window lies on its genome."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._split(split)
-        before = sum(self.rows(name) for name in sorted(self.plan.splits) if name < split)
-        table = pq.ParquetFile(self.path / WINDOWS)
-        for number in range(table.num_row_groups):
-            inside = table.metadata.row_group(number).num_rows
-            if before + row < inside:
-                found = table.read_row_group(number).slice(before + row, 1).to_pylist()[0]
-                return Locus(found["genome"], found["contig"], found["start"])
-            before -= inside
-        raise CacheCorrupt(f"{self.path}: {WINDOWS} has no row {row} of {split!r}")
+        assert 0 <= row < self.rows(split)
+        place = row + sum(self.rows(name) for name in self.plan.splits if name < split)
+        refuse_links(self.path, WINDOWS)
+        if not (self.path / WINDOWS).is_file():
+            raise CacheCorrupt(f"{self.path}: {WINDOWS} is missing; {_remedy(self.path)}")
+        with (self.path / WINDOWS).open("rb") as file:
+            if self._manifest is not None and not self._windows_checked:
+                self._compare(WINDOWS, hashlib.file_digest(file, "sha256").hexdigest())
+                self._windows_checked = True
+            try:
+                table = pq.ParquetFile(file)
+                for number in range(table.num_row_groups):
+                    inside = table.metadata.row_group(number).num_rows
+                    if place < inside:
+                        found = table.read_row_group(number).slice(place, 1).to_pylist()[0]
+                        if (found["split"], found["window"]) == (split, row):
+                            return Locus(found["genome"], found["contig"], found["start"])
+                        break
+                    place -= inside
+            except (pa.ArrowException, OSError, LookupError) as error:
+                raise CacheCorrupt(
+                    f"{self.path}: {WINDOWS} is damaged; {_remedy(self.path)}"
+                ) from error
+        raise CacheCorrupt(
+            f"{self.path}: {WINDOWS} does not hold window {row} of {split!r} at its place; "
+            f"{_remedy(self.path)}"
+        )
 
     def receipt(self, part: Part) -> Receipt:
         """The receipt of one part, held against the manifest."""
-        if not (self.path / part.receipt_key).exists():
-            kind = CacheCorrupt if self.sealed else CacheIncomplete
-            raise kind(f"{self.path}: part {part} has no receipt; {_remedy(self.path)}")
-        receipt, raw = read_receipt(self.path, part)
-        if self._manifest is not None:
-            self._compare(part.receipt_key, raw)
+        if not self.has(part):
+            raise CacheIncomplete(
+                f"{self.path}: part {part} is not there yet; run the same "
+                "`had-pipe extract-teacher` command again to make it"
+            )
+        receipt = parse_receipt(self.path, part, self._object(part.receipt_key))
         check_receipt(self.path, self.plan, part, receipt)
         return receipt
 
@@ -244,7 +272,14 @@ class Cache:
 
     def _statistic(self, name: str) -> npt.NDArray[np.float32]:
         key = f"{DATA}/statistics/embedding/{name}/c/0"
-        return self._chunk(key, "float32", (self.plan.teacher.channels,))
+        values = self._chunk(key, "float32", (self.plan.teacher.channels,))
+        if hashlib.sha256(values.data).hexdigest() != self.plan.contents.get(
+            f"statistics/embedding/{name}"
+        ):
+            raise CacheCorrupt(
+                f"{self.path}: {key} is not what the plan says; {_remedy(self.path)}"
+            )
+        return values
 
     def _open_part(self, part: Part) -> _OpenPart:
         with self._lock:
@@ -298,9 +333,9 @@ class Cache:
 
     def _chunk(self, key: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """A whole plan-time chunk: [bytes, crc32c]."""
-        raw = self._object(key)
         count = int(np.prod(shape))
         expected = count * np.dtype(dtype).itemsize + CRC_NBYTES
+        raw = self._object(key, limit=expected)
         if len(raw) != expected:
             raise CacheCorrupt(
                 f"{self.path}: {key} has {len(raw):,} bytes, expected {expected:,}; "
@@ -312,20 +347,21 @@ class Cache:
         little = np.dtype(dtype).newbyteorder("<")
         return np.frombuffer(raw, dtype=little, count=count).reshape(shape)
 
-    def _object(self, key: str) -> bytes:
+    def _object(self, key: str, *, limit: int = LARGEST_JSON) -> bytes:
         """A small object's bytes, held against the manifest where there is one."""
+        refuse_links(self.path, key)
         path = self.path / key
         if not path.exists():
             raise CacheCorrupt(f"{self.path}: {key} is missing; {_remedy(self.path)}")
-        raw = read_small(path)
+        raw = read_small(path, limit=limit)
         if self._manifest is not None:
-            self._compare(key, raw)
+            self._compare(key, hashlib.sha256(raw).hexdigest())
         return raw
 
-    def _compare(self, key: str, raw: bytes) -> None:
+    def _compare(self, key: str, found: str) -> None:
+        """Hold an object's SHA-256 against the manifest."""
         assert self._manifest is not None
         expected = self._manifest.objects[key].sha256
-        found = hashlib.sha256(raw).hexdigest()
         if found != expected:
             raise CacheCorrupt(
                 f"{self.path}: {key}: SHA-256 is {found[:12]}..., the manifest says "
@@ -359,19 +395,30 @@ def check_receipt(cache: Path, plan: Plan, part: Part, receipt: Receipt) -> None
             )
 
 
-def _agree(cache: Path, manifest: Manifest, plan: Plan, raw_plan: bytes) -> None:
+def _agree(cache: Path, manifest: Manifest, plan: Plan) -> None:
     """Hold plan and manifest against each other: the plan's hash, and exactly the implied keys."""
-    if manifest.plan != plan.id or hashlib.sha256(raw_plan).hexdigest() != plan.id:
+    if manifest.plan != plan.id:
         raise CacheRefused(
             f"{cache}: the manifest is of plan {manifest.plan[:12]}..., but plan.json is "
             f"{plan.id[:12]}...; the files of two caches were mixed: copy the cache again"
         )
+    refuse_endless(cache, plan, manifest)
     expected = expected_keys(plan)
     if set(manifest.objects) != expected:
         differing = sorted(set(manifest.objects) ^ expected)[:3]
         raise CacheRefused(
             f"{cache}: the manifest does not list what the plan implies; first differences: "
             f"{', '.join(differing)}"
+        )
+
+
+def refuse_endless(cache: Path, plan: Plan, manifest: Manifest) -> None:
+    """Raise CacheRefused before walking through more parts than the manifest can have."""
+    if plan.part_count > len(manifest.objects):
+        raise CacheRefused(
+            f"{cache}: the plan has {plan.part_count:,} parts, the manifest only "
+            f"{len(manifest.objects):,} objects: the files of two caches were mixed; copy the "
+            "cache again"
         )
 
 
@@ -385,6 +432,10 @@ def _remedy(cache: Path) -> str:
         f"`had-pipe cache verify {cache}` finds all damage; copy the cache again, or run "
         "`had-pipe extract-teacher RECIPE --repair` where it was made"
     )
+
+
+def _inside(rows: npt.NDArray[np.int64], count: int) -> bool:
+    return len(rows) == 0 or bool(rows.min() >= 0 and rows.max() < count)
 
 
 def _runs(values: npt.NDArray[np.int64], *, step: int) -> list[tuple[int, int]]:
@@ -422,6 +473,7 @@ class _Shard:
     ) -> _Shard:
         """Open a shard; its length and index must be what the plan says."""
         path = cache / key
+        refuse_links(cache, key)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
@@ -429,7 +481,10 @@ class _Shard:
                 f"{cache}: {key} cannot be opened ({error.strerror}); {_remedy(cache)}"
             ) from error
         shard = cls(path, signal, record.crcs(), fd)
-        nbytes = os.fstat(fd).st_size
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise CacheRefused(f"{path}: expected an ordinary file; {_remedy(cache)}")
+        nbytes = found.st_size
         expected = shard_nbytes(signal, windows=windows, part=part)
         if nbytes != expected:
             raise CacheCorrupt(
@@ -455,9 +510,15 @@ class _Shard:
             for target in some:
                 buffers += (target, skipped)
             offset = (first + begin) * stride
-            if os.preadv(self._fd, buffers, offset) != len(some) * stride:
-                for row, target in enumerate(some):
-                    self._read_slowly(target, offset + row * stride)
+            try:
+                if os.preadv(self._fd, buffers, offset) != len(some) * stride:
+                    for row, target in enumerate(some):
+                        self._read_slowly(target, offset + row * stride)
+            except OSError as error:
+                raise CacheCorrupt(
+                    f"{self.path}: cannot be read ({error.strerror}); copy it again, from a disk "
+                    "that works"
+                ) from error
         if due is None:
             return
         for place in np.flatnonzero(due[first : first + len(targets)]).tolist():
@@ -505,6 +566,8 @@ class _OpenPart:
         due: npt.NDArray[np.bool_] | None,
     ) -> None:
         """Neighbouring rows of the part to their places in `out`."""
+        assert out.dtype == self.value.signal.dtype
+        assert out.shape[1:] == self.value.signal.window
         targets = _row_views(out, places)
         self.value.read(int(rows[0]), targets, due)
 

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -217,7 +218,6 @@ def _write_zarr(
             "licence": plan.licence,
             "decode": dict(Codec(plan.codec, plan.teacher.dtype).formula),
             "orientation": ORIENTATION,
-            "units": {"start": "bases", "windows": "rows of a split"},
             "fidelity": dict(fidelity),
         },
     )
@@ -408,7 +408,8 @@ class _Shard:
 
     def discard(self) -> None:
         """Remove what was not published."""
-        self._file.close()
+        with suppress(OSError):  # a full disk says so again when what is buffered is flushed
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
     def _write(self, data: npt.NDArray[np.uint8]) -> None:
