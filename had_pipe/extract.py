@@ -17,7 +17,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,9 @@ import numpy.typing as npt
 from had_pipe import corpus
 from had_pipe.cache import Cache, Codec, Part, Plan, Statistics, integrity, layout, writer
 from had_pipe.cache.codec import fidelity
+from had_pipe.cache.reader import expected_keys
 from had_pipe.dna.kmers import K, reverse_complement
+from had_pipe.dna.windows import REST
 from had_pipe.durable import make_folder, storage
 from had_pipe.errors import (
     CacheCorrupt,
@@ -61,11 +63,11 @@ _PROBE_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What stage one would make and cost. Bytes and files are those of the finished cache."""
+    """What stage one would make and cost."""
 
     cache: Path
     state: str
-    """"new", or how far the cache at that path is."""
+    """"new", how far the cache at that path is, or that it is another recipe's."""
     teacher: Mapping[str, str | int | None]
     genomes: Sequence[Mapping[str, Any]]
     windows: Mapping[str, int]
@@ -83,9 +85,11 @@ class Survey:
     channels: int
     parts: int
     files: int
+    """All files of the finished cache."""
     codec: str
     nbytes: Mapping[str, int]
-    """By codec."""
+    """By codec: all arrays of the finished cache. Receipts, metadata and the table of windows come
+    on top: a few ten bytes a window."""
     free_nbytes: int
     windows_per_second: float
     """Of the teacher alone, from a probe on this device."""
@@ -123,27 +127,18 @@ def survey(
     references = [corpus.read_reference(genome, report=report) for genome in asked.genomes]
     coverage = corpus.survey_windows(references, asked.windows)
     teacher = asked.load(device, offline)
-    views = {name: asked.windows.views if name == "train" else 1 for name in coverage.windows}
-    seen = {name: count * views[name] for name, count in coverage.windows.items()}
-    windows = sum(seen.values())
+    _check_teacher(teacher, asked.windows)
+    plans = {
+        codec: _outline(asked, references, coverage, teacher, codec) for codec in ("int8", "exact")
+    }
+    plan = plans[asked.cache.codec]
+    views = {name: len(split.views) for name, split in plan.splits.items()}
+    windows = sum(count * views[name] for name, count in coverage.windows.items())
     batch = _batch(teacher, asked)
     rate = _probe(teacher, asked.windows, batch, windows)
-    part = asked.cache.part
-    nbytes = {}
-    for codec in ("int8", "exact"):
-        signals = _signals(codec, teacher, asked.windows)
-        nbytes[codec] = sum(
-            layout.shard_nbytes(signal, windows=min(part, count - first), part=part)
-            for signal in signals
-            for name, count in coverage.windows.items()
-            for first in range(0, count, part)
-            for _ in range(views[name])
-        ) + _small_nbytes(coverage.windows, views, asked)
-    parts = sum(-(-count // part) * views[name] for name, count in coverage.windows.items())
-    chunks = sum(-(-count // part) for count in coverage.windows.values())
     return Survey(
         cache=asked.cache.path,
-        state=_state(asked.cache.path),
+        state=_state(asked, references, teacher),
         teacher=_described_teacher(teacher, asked.teacher),
         genomes=[reference.described for reference in references],
         windows=coverage.windows,
@@ -157,10 +152,10 @@ def survey(
         kmers=windows * asked.windows.kmers,
         stored_groups=windows * asked.windows.stored,
         channels=teacher.channels,
-        parts=parts,
-        files=parts * (3 + len(_signals(asked.cache.codec, teacher, asked.windows))) + chunks,
+        parts=sum(1 for _ in plan.parts()),
+        files=len(expected_keys(plan)) + 1,  # and the manifest
         codec=asked.cache.codec,
-        nbytes=nbytes,
+        nbytes={codec: _array_nbytes(outline) for codec, outline in plans.items()},
         free_nbytes=_free_nbytes(asked.cache.path),
         windows_per_second=rate,
         batch=batch,
@@ -188,19 +183,24 @@ def extract(
     asked = _Asked.of(recipe)
     path = asked.cache.path
     references = [corpus.read_reference(genome, report=report) for genome in asked.genomes]
-    teacher = teacher or asked.load(device, offline)
+    if teacher is None:
+        teacher = asked.load(device, offline)
     _check_teacher(teacher, asked.windows)
     described = _described(asked, references, teacher)
+    given = _given_statistics(asked, teacher)
     if (path / layout.MANIFEST).exists() and not repair:
-        _check_same(path, described)
+        _check_same(path, described, given)
+        if (path / layout.WORK).exists():  # killed between sealing and tidying up
+            with _held(path):
+                integrity.clear_work(path)
         return _summary(path, made=0, windows=0, seconds=0.0)
     _check_free_for_us(path)
     with _held(path):
         writer.clear_temporaries(path)
         if (path / layout.PLAN).exists():
-            plan = _check_same(path, described)
+            plan = _check_same(path, described, given)
         else:
-            plan = _make_plan(asked, references, teacher, described, report)
+            plan = _make_plan(asked, references, teacher, described, given, report)
         if repair:
             _repair(path, plan, report)
         if (path / layout.MANIFEST).exists():
@@ -244,15 +244,13 @@ class _Asked:
         return _Asked(recipe.teacher, recipe.genome, recipe.windows, recipe.cache)
 
     def load(self, device: str, offline: bool) -> Teacher:
-        teacher = load_teacher(
+        return load_teacher(
             self.teacher.name,
             revision=self.teacher.revision,
             layer=self.teacher.layer,
             device=device,
             offline=offline,
         )
-        _check_teacher(teacher, self.windows)
-        return teacher
 
 
 def _check_teacher(teacher: Teacher, windows: Windows) -> None:
@@ -307,10 +305,15 @@ def _described_teacher(teacher: Teacher, asked: TeacherRecipe) -> dict[str, str 
     }
 
 
-def _check_same(path: Path, described: Mapping[str, Any]) -> Plan:
+def _check_same(path: Path, described: Mapping[str, Any], given: Statistics | None) -> Plan:
     """The plan on disk, if it means what the recipe asks. Raises CacheMismatch."""
     plan, _ = layout.read_plan(path)
-    here, asked = plan.meaning, layout.meaning(described)
+    # Windows are numbered, and so masked, in the order of the genomes.
+    here = {**plan.meaning, "genomes": [genome.name for genome in plan.genomes]}
+    asked = {**layout.meaning(described), "genomes": [g["name"] for g in described["genomes"]]}
+    if given is not None:
+        here["statistics"] = plan.statistics
+        asked["statistics"] = writer.statistics_digest(given)
     differing = [key for key in sorted({*here, *asked}) if here.get(key) != asked.get(key)]
     if differing:
         width = max(len(key) for key in differing)
@@ -338,20 +341,22 @@ def _make_plan(
     references: Sequence[corpus.Reference],
     teacher: Teacher,
     described: Mapping[str, Any],
+    given: Statistics | None,
     report: Reporter,
 ) -> Plan:
     """Windows, masks and calibration, written as the plan."""
     splits = corpus.lay_out(references, asked.windows)
     split = "train" if "train" in splits else max(splits, key=lambda s: len(splits[s].kmer_id))
     codec = Codec(asked.cache.codec, cast(Any, teacher.dtype))
-    given = _given_statistics(asked, teacher)
     sample = _sample(asked, teacher, splits[split], given is not None, report)
     # Rows are in random order, so the first ones are a random sample, and the last of these are
     # windows that calibration has not seen.
-    held_out = max(1, min(len(sample) // 4, -(-_HELD_OUT_GROUPS // asked.windows.stored)))
-    known = sample[:-held_out] if len(sample) > 1 else sample
-    statistics = given or Statistics.of(known)
-    tested = sample[-held_out:]
+    if given is not None:
+        statistics, tested = given, sample
+    else:
+        held_out = max(1, min(len(sample) // 4, -(-_HELD_OUT_GROUPS // asked.windows.stored)))
+        known = sample[:-held_out] if len(sample) > 1 else sample
+        statistics, tested = Statistics.of(known), sample[-held_out:]
     decoded = tested
     if codec.name != "exact":
         stored = codec.encode(tested, statistics.mean, statistics.std)
@@ -629,12 +634,13 @@ def _held(path: Path) -> Iterator[None]:
     lock = filelock.FileLock(path / layout.WORK / "lock", timeout=0)
     owner = path / layout.WORK / "owner"
     try:
-        lock.acquire()
+        with storage(path):
+            lock.acquire()
     except filelock.Timeout as error:
-        who = owner.read_text() if owner.exists() else "another process"
+        who = owner.read_text() if owner.exists() else ""
         raise HeldError(
-            f"{path}: {who} is extracting into this cache; wait until it is done, or stop it and "
-            "run the same command again"
+            f"{path}: {who or 'another process'} is extracting into this cache; wait until it is "
+            "done, or stop it and run the same command again"
         ) from error
     try:
         with storage(owner):
@@ -647,9 +653,14 @@ def _held(path: Path) -> Iterator[None]:
 
 def _check_free_for_us(path: Path) -> None:
     """A folder that holds something else is not made into a cache."""
-    if not path.exists() or (path / layout.PLAN).exists() or (path / layout.WORK).exists():
+    above = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not above.is_dir():
+        raise CacheRefused(f"{above}: not a folder; use another [cache] path")
+    if above != path or (path / layout.PLAN).exists():
         return
-    strangers = sorted(entry.name for entry in path.iterdir())
+    # What planning leaves when it is killed.
+    ours = {layout.WORK, layout.DATA, layout.WINDOWS} if (path / layout.WORK).is_dir() else set()
+    strangers = sorted({entry.name for entry in path.iterdir()} - ours)
     if strangers:
         raise CacheRefused(
             f"{path}: not empty and no cache (it holds {', '.join(strangers[:3])}); use another "
@@ -672,11 +683,7 @@ def _check_numerics(path: Path, plan: Plan, numerics: Mapping[str, str | int]) -
 
 
 def _check_space(path: Path, plan: Plan, parts: Sequence[Part]) -> None:
-    needed = sum(
-        layout.shard_nbytes(signal, windows=plan.part_windows(part), part=plan.part)
-        for part in parts
-        for signal in plan.signals
-    )
+    needed = _shard_nbytes(plan, parts)
     free = _free_nbytes(path)
     if needed > free:
         raise StorageError(
@@ -688,9 +695,14 @@ def _check_space(path: Path, plan: Plan, parts: Sequence[Part]) -> None:
 
 def _repair(path: Path, plan: Plan, report: Reporter) -> None:
     """Take back the receipts of parts that are not what was written."""
+    try:
+        layout.read_manifest(path)
+    except CacheRefused:
+        # It follows from the receipts, so it need not be mended: sealing writes it again.
+        integrity.forget(path, ())
     found = integrity.verify(path, report=report).problems
     # Our own lock lies in .work/ while a sealed cache, which has none, is being mended.
-    problems = [problem for problem in found if not problem.key.startswith(f"{layout.WORK}/")]
+    problems = [problem for problem in found if problem.key.split("/")[0] != layout.WORK]
     parts, beyond = integrity.damaged_parts(plan, problems)
     if beyond:
         raise CacheCorrupt(
@@ -717,17 +729,46 @@ def _summary(path: Path, *, made: int, windows: int, seconds: float) -> ExtractS
     )
 
 
-def _signals(codec: str, teacher: Teacher, windows: Windows) -> tuple[layout.Signal, ...]:
-    return layout.signals(codec, teacher.dtype, groups=windows.stored, channels=teacher.channels)
+def _outline(
+    asked: _Asked,
+    references: Sequence[corpus.Reference],
+    coverage: corpus.Coverage,
+    teacher: Teacher,
+    codec: str,
+) -> Plan:
+    """The plan that extraction would write, without the digests of what it has yet to make."""
+    views = {name: asked.windows.views if name == REST else 1 for name in coverage.windows}
+    return Plan.model_validate(
+        {
+            **_described(asked, references, teacher),
+            "codec": codec,
+            "splits": {
+                name: {"windows": count, "views": list(range(views[name]))}
+                for name, count in coverage.windows.items()
+            },
+            "statistics": "0" * 64,
+            "contents": {},
+        }
+    )
 
 
-def _small_nbytes(windows: Mapping[str, int], views: Mapping[str, int], asked: _Asked) -> int:
-    """K-mer ids, masks and strands; whole chunks, as Zarr pads the last."""
-    total, part, kmers = 0, asked.cache.part, asked.windows.kmers
-    for name, count in windows.items():
-        rows = -(-count // part) * part
-        total += rows * (2 * kmers + views[name] * (kmers + 1))
-    return total
+def _array_nbytes(plan: Plan) -> int:
+    """All arrays of a finished cache; plan-time chunks are whole, as Zarr pads the last."""
+    kmers, crc = plan.windows.kmers, layout.CRC_NBYTES
+    total = 2 * (4 * plan.teacher.channels + crc)
+    for split in plan.splits.values():
+        chunks = -(-split.windows // plan.part)
+        of_view = plan.part * kmers + crc + plan.part + crc
+        total += chunks * (2 * plan.part * kmers + crc + len(split.views) * of_view)
+    return total + _shard_nbytes(plan, plan.parts())
+
+
+def _shard_nbytes(plan: Plan, parts: Iterable[Part]) -> int:
+    return sum(
+        layout.shard_nbytes(signal, windows=plan.part_windows(part), part=plan.part)
+        for part in parts
+        for signal in plan.signals
+    )
 
 
 def _probe(teacher: Teacher, windows: Windows, batch: int, available: int) -> float:
@@ -750,14 +791,20 @@ def _free_nbytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _state(path: Path) -> str:
+def _state(asked: _Asked, references: Sequence[corpus.Reference], teacher: Teacher) -> str:
+    path = asked.cache.path
+    if not (path / layout.PLAN).exists():
+        return "new"
+    try:
+        plan = _check_same(
+            path, _described(asked, references, teacher), _given_statistics(asked, teacher)
+        )
+    except CacheMismatch:
+        return "another recipe's: extract-teacher refuses it"
     if (path / layout.MANIFEST).exists():
         return "finished"
-    if (path / layout.PLAN).exists():
-        plan, _ = layout.read_plan(path)
-        total = sum(1 for _ in plan.parts())
-        return f"begun: {total - len(integrity.missing_parts(path, plan)):,} of {total:,} parts"
-    return "new"
+    total = sum(1 for _ in plan.parts())
+    return f"begun: {total - len(integrity.missing_parts(path, plan)):,} of {total:,} parts"
 
 
 def _notes(asked: _Asked, teacher: Teacher) -> list[str]:

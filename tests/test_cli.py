@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import typer.main
-from build_cache import build_cache
 from conftest import REPOSITORY
+from small_cache import build_cache
 from typer.testing import CliRunner, Result
 
 from had_pipe import __version__, cli, errors
