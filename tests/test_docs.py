@@ -200,6 +200,7 @@ def test_pins_are_exact_and_name_no_place() -> None:
     lines = (REPOSITORY / "constraints.txt").read_text("utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[a-z0-9._-]+==[\w.!]+", pin) for pin in pins)
+    assert pins == sorted(set(pins))
     assert "torch==2.13.0" in pins
     pinned = {re.sub(r"[._]", "-", pin.split("==")[0]) for pin in pins}
     project = (REPOSITORY / "pyproject.toml").read_text("utf-8")
