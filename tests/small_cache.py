@@ -6,6 +6,7 @@ group before it: what a student of bases with some context can learn, and a k-me
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -29,10 +30,13 @@ def build_cache(
     codec: Literal["int8", "exact"] = "int8",
     store: Literal["visible", "masked", "all"] = "visible",
     spoilt: int | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    parts: int | None = None,
 ) -> Path:
     """A sealed cache of random windows; two of equal shape have one teacher, whatever their seed.
 
     `spoilt` is a training window whose embeddings are NaN; no writer of ours would let it pass.
+    With `parts`, only so many parts are made and the cache is left unsealed.
     """
     map_4D = np.random.default_rng(0).normal(size=(4, channels)).astype(np.float32)
     masked = dna.masked_groups(0.15, kmers)
@@ -107,7 +111,7 @@ def build_cache(
                 "layer": -1,
                 "input": "full",
                 "channels": channels,
-                "dtype": "float32",
+                "dtype": dtype,
                 "licence": "CC-BY-NC-SA-4.0",
             },
             "codec": codec,
@@ -118,7 +122,7 @@ def build_cache(
         statistics=statistics,
         fidelity={"relative": 0.0},
     )
-    for place in plan.parts():
+    for place in islice(plan.parts(), parts):
         data = splits[place.split]
         rows = slice(place.number * part, place.number * part + plan.part_windows(place))
         ids, turned = data.kmer_id[rows], data.reversed[place.view][rows]
@@ -131,11 +135,18 @@ def build_cache(
         if spoilt is not None and place.split == "train" and spoilt in range(windows)[rows]:
             emb[spoilt - rows.start] = np.nan
         kept = {"visible": ~mask, "masked": mask, "all": np.ones_like(mask)}[store]
-        arrays = Codec(codec, "float32").encode(
-            emb[kept].reshape(len(ids), stored, channels), statistics.mean, statistics.std
-        )
+        teacher = emb[kept].reshape(len(ids), stored, channels)
+        if codec == "exact" and dtype == "bfloat16":
+            arrays = ((teacher.view(np.uint32) >> 16).astype(np.uint16), None)
+        else:
+            arrays = Codec(codec, dtype).encode(
+                teacher.astype(dtype) if codec == "exact" else teacher,
+                statistics.mean,
+                statistics.std,
+            )
         with writer.PartWriter(folder, plan, place, numerics={"device": "none"}) as opened:
             opened.append(*(array for array in arrays if array is not None))
             opened.commit()
-    integrity.seal(folder)
+    if parts is None:
+        integrity.seal(folder)
     return folder
