@@ -41,7 +41,7 @@ embeddings = hnp.arrays(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(embedding=embeddings, seed=st.integers(0, 5), spread=st.sampled_from([1e-3, 1.0, 1e3]))
 def test_int8_is_off_by_half_a_step_at_most(embedding: Floats, seed: int, spread: float) -> None:
     mean, std = statistics(normal(seed, 50, embedding.shape[-1]) * spread + seed)
@@ -61,7 +61,7 @@ def test_int8_is_off_by_half_a_step_at_most(embedding: Floats, seed: int, spread
     assert (np.abs(decoded - embedding) <= allowed).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(embedding=embeddings, seed=st.integers(0, 5))
 def test_numpy_and_torch_give_equal_bits(embedding: Floats, seed: int) -> None:
     mean, std = statistics(normal(seed, 50, embedding.shape[-1]))

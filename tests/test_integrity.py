@@ -1,0 +1,715 @@
+"""Damage: every flip found, every trick refused by name, and nothing changed by looking."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_cache import build_cache
+
+from had_pipe.cache import Block, Cache, Part, integrity, layout
+from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheRefused
+
+SHAPE: Mapping[str, Any] = {"windows": 7, "valid": 3, "kmers": 6, "channels": 4, "part": 3}
+FLIPS = 350
+
+VALUE = "data.zarr/train/0/embedding/value/c/{}/0/0"
+RECEIPT = "parts/train/0/{:05d}.json"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_cache(tmp_path_factory.mktemp("sound") / "cache", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound cache of the same shape, of other windows."""
+    return build_cache(tmp_path_factory.mktemp("stranger") / "cache", **SHAPE, seed=1)
+
+
+@pytest.fixture
+def cache(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "cache"))
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A cache of which two parts of four are there."""
+    return build_cache(tmp_path / "begun", **SHAPE, parts=2)
+
+
+def state(folder: Path) -> dict[str, tuple[str, int]]:
+    """Everything about the files of a folder that a writer would change."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[path.relative_to(folder).as_posix()] = (digest, path.stat().st_mtime_ns)
+        else:
+            found[path.relative_to(folder).as_posix()] = ("", path.lstat().st_mtime_ns)
+    return found
+
+
+def everything(folder: Path, *, incomplete: bool = False) -> list[bytes]:
+    """Every number a reader can get, read in every way; raises as reading does."""
+    cache = Cache.open(folder, incomplete=incomplete)
+    found = [cache.mean.tobytes(), cache.std.tobytes()]
+    for split in cache.plan.splits:
+        rows = np.arange(cache.rows(split))
+        found.append(cache.read_kmers(split, rows).tobytes())
+        for view in cache.views(split):
+            block = cache.allocate(len(rows))
+            cache.read(split, view, rows, block)
+            found += flat(block)
+        found.append(repr(cache.locus(split, len(rows) - 1)).encode())
+    found.append(repr(cache.attributes).encode())
+    return found
+
+
+def flat(block: Block) -> list[bytes]:
+    assert block.scale is not None
+    arrays = (block.kmer_id, block.mask, block.reversed, block.value, block.scale)
+    return [array.tobytes() for array in arrays]
+
+
+def found_by_verify(cache: Path, level: integrity.Level = "everything") -> str:
+    """The problems as text, or the refusal."""
+    try:
+        problems = integrity.verify(cache, level=level).problems
+    except CacheError as error:
+        return str(error)
+    return "\n".join(map(str, problems))
+
+
+def flip(path: Path, bit: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(raw)
+
+
+def test_a_sound_cache_verifies_at_every_level_and_stays_as_it_is(cache: Path) -> None:
+    before = state(cache)
+    sizes = {key: (cache / key).stat().st_size for key in before if (cache / key).is_file()}
+    del sizes["manifest.json"]
+
+    reports = {
+        level: integrity.verify(cache, level=level)
+        for level in ("structure", "sample", "everything")
+    }
+
+    assert state(cache) == before
+    whole = reports["everything"]
+    assert (whole.objects, whole.nbytes) == (len(sizes), sum(sizes.values()))
+    small = [key for key in sizes if key.endswith(".json") or key == "windows.parquet"]
+    assert reports["structure"].objects == len(small)
+    assert reports["structure"].nbytes == sum(sizes[key] for key in small)
+    large = len(sizes) - len(small)
+    assert reports["sample"].objects == len(small) + -(-large // 20)
+    for report in reports.values():
+        assert report.problems == ()
+        assert report.sealed
+        assert report.cache_id == json.loads((cache / "manifest.json").read_bytes())["id"]
+
+
+def test_every_flipped_bit_is_found_and_no_wrong_value_is_ever_read(
+    cache: Path, sound: Path
+) -> None:
+    """Bits all over the folder, every kind of file alike: shards, chunks, JSON, the table."""
+    expected = everything(sound)
+    rng = np.random.default_rng(5)
+    kinds: dict[str, list[Path]] = {}
+    for path in sorted(cache.rglob("*")):
+        if path.is_file():
+            key = path.relative_to(cache).as_posix()
+            parents = [name for name in key.split("/") if not name.isdigit()]
+            kind = (
+                "zarr.json" if parents[-1] == "zarr.json" else "/".join(parents[:1] + parents[-3:])
+            )
+            kinds.setdefault("parts" if key.startswith("parts") else kind, []).append(path)
+    assert len(kinds) >= 10
+    silent = []
+    read_and_right: dict[str, int] = {}
+    for number in range(FLIPS):
+        kind = list(kinds)[number % len(kinds)]
+        path = kinds[kind][int(rng.integers(len(kinds[kind])))]
+        original = path.read_bytes()
+        bit = int(rng.integers(len(original) * 8))
+        flip(path, bit)
+        key = path.relative_to(cache).as_posix()
+        # plan.json and the manifest may be refused as a whole, every other object is named.
+        if key.rpartition("/")[2] not in found_by_verify(cache):
+            silent.append((key, bit))
+        try:
+            values = everything(cache)
+        except CacheError:
+            pass
+        else:
+            assert values == expected, (key, bit)
+            read_and_right[kind] = read_and_right.get(kind, 0) + 1
+        path.write_bytes(original)
+    assert silent == []
+    # What is not read in reading: CRCs in the shards (the receipt's are compared), other metadata.
+    assert set(read_and_right) <= {"zarr.json", *(k for k in kinds if "embedding" in k)}
+    assert found_by_verify(cache) == ""
+
+
+def test_every_flip_in_a_receipt_is_found_before_sealing_too(begun: Path) -> None:
+    """In an unsealed cache nothing but the plan and the receipt itself can tell."""
+    receipt = begun / RECEIPT.format(1)
+    original = receipt.read_bytes()
+    right = everything_there(begun)
+    rng = np.random.default_rng(6)
+    for bit in rng.integers(0, len(original) * 8, 80).tolist():
+        flip(receipt, bit)
+        found_by_verify(begun)  # never a traceback
+        with suppress(CacheError):
+            assert everything_there(begun) == right
+        receipt.write_bytes(original)
+
+
+def everything_there(folder: Path) -> list[bytes]:
+    cache = Cache.open(folder, incomplete=True)
+    block = cache.allocate(6)
+    cache.read("train", 0, np.arange(6), block)
+    return flat(block)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None], *, seal: bool = False) -> None:
+    """Edit a JSON file and write it canonically; with `seal`, give a manifest its right id."""
+    value = json.loads(path.read_bytes())
+    change(value)
+    if seal:
+        value.pop("id")
+        value["id"] = hashlib.sha256(layout.canonical_json(value)).hexdigest()
+    path.write_bytes(layout.canonical_json(value))
+
+
+def admit(cache: Path, *keys: str) -> None:
+    """Make the manifest say of some objects what they now are: a forger's work, or a mix-up."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        for key in keys:
+            raw = (cache / key).read_bytes()
+            entry = {"nbytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+            manifest["objects"][key] = entry
+
+    rewrite(cache / "manifest.json", change, seal=True)
+
+
+def truncated(cache: Path, _: Path) -> None:
+    path = cache / VALUE.format(1)
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def zero_tail(cache: Path, _: Path) -> None:
+    path = cache / VALUE.format(1)
+    nbytes = path.stat().st_size
+    os.truncate(path, nbytes - 40)
+    os.truncate(path, nbytes)
+
+
+def zero_rows(cache: Path, _: Path) -> None:
+    path = cache / VALUE.format(1)
+    raw = path.read_bytes()
+    path.write_bytes(bytes(30) + raw[30:])
+
+
+def longer(cache: Path, _: Path) -> None:
+    with (cache / VALUE.format(1)).open("ab") as file:
+        file.write(b"\0")
+
+
+def missing(cache: Path, _: Path) -> None:
+    (cache / VALUE.format(1)).unlink()
+
+
+def empty(cache: Path, _: Path) -> None:
+    (cache / VALUE.format(1)).write_bytes(b"")
+
+
+def swapped(cache: Path, _: Path) -> None:
+    one, two = cache / VALUE.format(0), cache / VALUE.format(1)
+    raw = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(raw)
+
+
+def of_another_cache(cache: Path, stranger: Path) -> None:
+    shutil.copyfile(stranger / VALUE.format(1), cache / VALUE.format(1))
+
+
+def older(cache: Path, _: Path) -> None:
+    """A whole, valid shard of the same part, as another teacher wrote it."""
+    path = cache / VALUE.format(1)
+    raw = path.read_bytes()
+    rows, stride = [], 5 * 4 + 4
+    for row in range(3):
+        payload = bytes(reversed(raw[row * stride : row * stride + 20]))
+        rows.append(payload + crc32c.crc32c(payload).to_bytes(4, "little"))
+    path.write_bytes(b"".join(rows) + raw[3 * stride :])
+
+
+def rows_in_another_order(cache: Path, _: Path) -> None:
+    """Valid Zarr, but not row order: two rows exchanged, and the index says so."""
+    path = cache / VALUE.format(1)
+    raw, n = path.read_bytes(), 24
+    index = raw[-52:-4]
+    index = index[16:32] + index[:16] + index[32:]
+    body = raw[n : 2 * n] + raw[:n] + raw[2 * n : 3 * n]
+    path.write_bytes(body + index + crc32c.crc32c(index).to_bytes(4, "little"))
+
+
+def symlinked(cache: Path, stranger: Path) -> None:
+    (cache / VALUE.format(1)).unlink()
+    (cache / VALUE.format(1)).symlink_to(stranger / VALUE.format(1))
+
+
+def symlinked_to_itself_elsewhere(cache: Path, _: Path) -> None:
+    """The very bytes, but beyond a link: a reader leaves the folder for nothing."""
+    outside = cache.parent / "outside"
+    folder = (cache / VALUE.format(1)).parent
+    shutil.move(folder, outside)
+    folder.symlink_to(outside)
+
+
+def fifo(cache: Path, _: Path) -> None:
+    (cache / VALUE.format(1)).unlink()
+    os.mkfifo(cache / VALUE.format(1))
+
+
+def folder_as_shard(cache: Path, _: Path) -> None:
+    (cache / VALUE.format(1)).unlink()
+    (cache / VALUE.format(1)).mkdir()
+
+
+def receipt_missing(cache: Path, _: Path) -> None:
+    (cache / RECEIPT.format(1)).unlink()
+
+
+def receipt_foreign(cache: Path, stranger: Path) -> None:
+    shutil.copyfile(stranger / RECEIPT.format(1), cache / RECEIPT.format(1))
+
+
+def receipt_of_another_part(cache: Path, _: Path) -> None:
+    shutil.copyfile(cache / RECEIPT.format(0), cache / RECEIPT.format(1))
+
+
+def receipt_fifo(cache: Path, _: Path) -> None:
+    (cache / RECEIPT.format(1)).unlink()
+    os.mkfifo(cache / RECEIPT.format(1))
+
+
+def receipt_spoilt_base64(cache: Path, _: Path) -> None:
+    def change(receipt: dict[str, Any]) -> None:
+        for record in receipt["objects"].values():
+            record["crc32c"] = "@" + record["crc32c"][1:]
+
+    rewrite(cache / RECEIPT.format(1), change)
+
+
+def kmers_missing(cache: Path, _: Path) -> None:
+    (cache / "data.zarr/train/kmer_id/c/1/0").unlink()
+
+
+def kmers_swapped(cache: Path, _: Path) -> None:
+    one, two = (cache / f"data.zarr/train/kmer_id/c/{n}/0" for n in (0, 1))
+    raw = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(raw)
+
+
+def mask_fifo(cache: Path, _: Path) -> None:
+    (cache / "data.zarr/train/0/mask/c/1/0").unlink()
+    os.mkfifo(cache / "data.zarr/train/0/mask/c/1/0")
+
+
+DAMAGE: Mapping[Callable[[Path, Path], None], tuple[type[CacheError], str, str]] = {
+    truncated: (CacheCorrupt, "expected", VALUE.format(1)),
+    zero_tail: (CacheCorrupt, "row order", VALUE.format(1)),
+    zero_rows: (CacheCorrupt, "wrong CRC32C", VALUE.format(1)),
+    longer: (CacheCorrupt, "expected", VALUE.format(1)),
+    missing: (CacheCorrupt, "cannot be opened", VALUE.format(1)),
+    empty: (CacheCorrupt, "has 0 bytes", VALUE.format(1)),
+    swapped: (CacheCorrupt, "another shard's", VALUE.format(1)),
+    of_another_cache: (CacheCorrupt, "another shard's", VALUE.format(1)),
+    older: (CacheCorrupt, "another shard's", VALUE.format(1)),
+    rows_in_another_order: (CacheCorrupt, "row order", VALUE.format(1)),
+    symlinked: (CacheRefused, "a link", VALUE.format(1)),
+    symlinked_to_itself_elsewhere: (CacheRefused, "a link", VALUE.format(1).rpartition("/")[0]),
+    fifo: (CacheRefused, "ordinary file", VALUE.format(1)),
+    folder_as_shard: (CacheRefused, "ordinary file", VALUE.format(1)),
+    receipt_missing: (CacheCorrupt, "is missing", RECEIPT.format(1)),
+    receipt_foreign: (CacheCorrupt, "SHA-256", RECEIPT.format(1)),
+    receipt_of_another_part: (CacheCorrupt, "SHA-256", RECEIPT.format(1)),
+    receipt_fifo: (CacheRefused, "ordinary file", RECEIPT.format(1)),
+    receipt_spoilt_base64: (CacheCorrupt, "SHA-256", RECEIPT.format(1)),
+    kmers_missing: (CacheCorrupt, "is missing", "data.zarr/train/kmer_id/c/1/0"),
+    kmers_swapped: (CacheCorrupt, "SHA-256", "data.zarr/train/kmer_id/c/"),
+    mask_fifo: (CacheRefused, "ordinary file", "data.zarr/train/0/mask/c/1/0"),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_damage_is_refused_on_reading_and_named_by_verify(
+    damage: Callable[[Path, Path], None], cache: Path, stranger: Path
+) -> None:
+    error, reason, key = DAMAGE[damage]
+    damage(cache, stranger)
+    before = state(cache)
+
+    with pytest.raises(CacheError) as caught:
+        everything(cache)
+    said = found_by_verify(cache)
+
+    assert type(caught.value) is error
+    assert reason in str(caught.value)
+    assert (VALUE.format(0) if damage is swapped else key) in str(caught.value)
+    assert key in said
+    assert state(cache) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_structure_sees_what_can_be_seen_without_reading_all(
+    damage: Callable[[Path, Path], None], cache: Path, stranger: Path
+) -> None:
+    damage(cache, stranger)
+    contents_only = {zero_tail, zero_rows, swapped, of_another_cache, older, kmers_swapped}
+    contents_only.add(rows_in_another_order)
+
+    assert bool(found_by_verify(cache, "structure")) == (damage not in contents_only)
+
+
+def test_sample_hashes_some_large_objects_and_always_the_same(cache: Path) -> None:
+    large = [
+        path
+        for path in sorted(cache.rglob("*"))
+        if path.is_file() and path.suffix not in (".json", ".parquet")
+    ]
+    hit = []
+    for path in large:
+        original = path.read_bytes()
+        flip(path, 3)
+        said = [bool(found_by_verify(cache, "sample")) for _ in range(2)]
+        assert said[0] == said[1]
+        hit.append(said[0])
+        path.write_bytes(original)
+    assert sum(hit) == -(-len(large) // integrity.SAMPLE)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [receipt_foreign, receipt_of_another_part, receipt_spoilt_base64, of_another_cache, older],
+    ids=lambda damage: damage.__name__,
+)
+def test_an_unsealed_cache_notices_too(
+    damage: Callable[[Path, Path], None], begun: Path, stranger: Path
+) -> None:
+    damage(begun, stranger)
+
+    with pytest.raises(CacheError, match=r"belongs elsewhere|base64|another shard's"):
+        everything_there(begun)
+
+    assert "train/0/" in found_by_verify(begun)
+
+
+def edited_plan(cache: Path) -> None:
+    rewrite(cache / "plan.json", lambda plan: plan["windows"].update(seed=1))
+
+
+def spaced_plan(cache: Path) -> None:
+    path = cache / "plan.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()), sort_keys=True) + "\n")
+
+
+def spaced_manifest(cache: Path) -> None:
+    path = cache / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()), sort_keys=True) + "\n")
+
+
+def edited_manifest(cache: Path) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["objects"][VALUE.format(1)]["nbytes"] += 1
+
+    rewrite(cache / "manifest.json", change)
+
+
+def forged_manifest(cache: Path) -> None:
+    """A made-up key that leads out of the folder, and a right id."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["objects"]["../secret"] = {"nbytes": 6, "sha256": "0" * 64}
+
+    (cache.parent / "secret").write_text("secret")
+    rewrite(cache / "manifest.json", change, seal=True)
+
+
+def thin_manifest(cache: Path) -> None:
+    rewrite(
+        cache / "manifest.json", lambda m: m["objects"].pop(VALUE.format(1)) and None, seal=True
+    )
+
+
+def manifest_of_another_plan(cache: Path) -> None:
+    rewrite(cache / "manifest.json", lambda manifest: manifest.update(plan="0" * 64), seal=True)
+
+
+def endless_plan(cache: Path) -> None:
+    rewrite(cache / "plan.json", lambda plan: plan["splits"]["train"].update(windows=1 << 40))
+    plan_id = hashlib.sha256((cache / "plan.json").read_bytes()).hexdigest()
+    admit(cache, "plan.json")
+    rewrite(cache / "manifest.json", lambda manifest: manifest.update(plan=plan_id), seal=True)
+
+
+def raw(name: str, text: bytes) -> Callable[[Path], None]:
+    def change(cache: Path) -> None:
+        (cache / name).write_bytes(text)
+
+    return change
+
+
+def put(name: str, old: bytes, new: bytes) -> Callable[[Path], None]:
+    def change(cache: Path) -> None:
+        text = (cache / name).read_bytes()
+        assert text.count(old) == 1
+        (cache / name).write_bytes(text.replace(old, new))
+
+    return change
+
+
+def enormous(name: str, nbytes: int) -> Callable[[Path], None]:
+    def change(cache: Path) -> None:
+        os.truncate(cache / name, nbytes)  # sparse
+
+    return change
+
+
+def linked(name: str) -> Callable[[Path], None]:
+    def change(cache: Path) -> None:
+        shutil.move(cache / name, cache.parent / "moved")
+        (cache / name).symlink_to(cache.parent / "moved")
+
+    return change
+
+
+def dangling(cache: Path) -> None:
+    (cache / "manifest.json").unlink()
+    (cache / "manifest.json").symlink_to(cache.parent / "nowhere")
+
+
+REFUSALS: Mapping[str, tuple[Callable[[Path], None], str]] = {
+    "edited plan": (edited_plan, r"manifest is of plan|plan\.json: SHA-256"),
+    "plan in another spelling": (spaced_plan, r"plan\.json: not canonical"),
+    "manifest in another spelling": (spaced_manifest, r"manifest\.json: not canonical"),
+    "edited manifest": (edited_manifest, r"manifest\.json: its id is"),
+    "forged manifest": (forged_manifest, r"\.\./secret"),
+    "thin manifest": (thin_manifest, r"train/0/embedding/value/c/1/0/0"),
+    "manifest of another plan": (manifest_of_another_plan, r"of plan 000000000000"),
+    "endless plan": (endless_plan, r"366,503,875,927 parts"),
+    "a key twice": (
+        put("plan.json", b'"codec":"int8"', b'"codec":"int8","codec":"int8"'),
+        r"plan\.json: .* a key stands twice",
+    ),
+    "NaN": (put("plan.json", b'"mask_ratio":0.15', b'"mask_ratio":NaN'), "NaN is no JSON"),
+    "infinity": (put("plan.json", b'"mask_ratio":0.15', b'"mask_ratio":1e999'), "mask_ratio"),
+    "a string for a number": (put("plan.json", b'"part":3', b'"part":"3"'), "part: Input should"),
+    "an unknown key": (put("plan.json", b'"part":3', b'"pact":3,"part":3'), "pact: Extra inputs"),
+    "half a character": (
+        put("plan.json", b'"name":"invented/teacher"', b'"name":"\\ud800"'),
+        r"plan\.json: not what format 1 says: .*surrogate",
+    ),
+    "a number of many digits": (
+        put("plan.json", b'"part":3', b'"part":' + b"9" * 10_000),
+        r"plan\.json: not what format 1 says",
+    ),
+    "deep plan": (raw("plan.json", b"[" * 200_000), r"plan\.json: not what format 1 says"),
+    "deep manifest": (
+        raw("manifest.json", b'{"a":' * 200_000),
+        r"manifest\.json: not what format 1 says",
+    ),
+    "no JSON": (raw("plan.json", b"\x80\x02"), r"plan\.json: not what format 1 says"),
+    "a list": (raw("plan.json", b"[1]\n"), r"plan\.json: format None"),
+    "the future": (
+        put("plan.json", b'"format":"had-cache/1"', b'"format":"had-cache/2"'),
+        r"plan\.json: format 'had-cache/2'; this version of had-pipe reads 'had-cache/1'",
+    ),
+    "a long format": (
+        raw("plan.json", b'{"format":"' + b"x" * 100_000 + b'"}\n'),
+        r"plan\.json: format 'x{59}; this",
+    ),
+    "enormous plan": (enormous("plan.json", 1 << 40), r"plan\.json: 1,099,511,627,776 bytes"),
+    "enormous manifest": (enormous("manifest.json", 1 << 40), r"manifest\.json: 1,099,511,627,776"),
+    "linked plan": (linked("plan.json"), r"plan\.json: expected an ordinary file"),
+    "linked manifest": (linked("manifest.json"), r"manifest\.json: expected an ordinary file"),
+    "dangling manifest": (dangling, r"manifest\.json: expected an ordinary file"),
+    "no plan": (lambda cache: (cache / "plan.json").unlink(), r"no plan\.json here"),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_plan_or_manifest_that_is_not_ours_is_refused_at_the_door(case: str, cache: Path) -> None:
+    change, said = REFUSALS[case]
+    change(cache)
+    before = state(cache) if "enormous" not in case else {}
+
+    with pytest.raises(CacheRefused, match=said) as caught:
+        Cache.open(cache)
+    report = found_by_verify(cache)
+
+    assert len(str(caught.value)) < 1000
+    assert report
+    assert "SHA-256 2bb80d537b1d" not in report  # that of the word "secret"
+    assert (state(cache) if before else {}) == before
+
+
+def test_a_receipt_that_is_enormous_is_not_read(begun: Path) -> None:
+    os.truncate(begun / RECEIPT.format(1), 1 << 40)
+    with pytest.raises(CacheRefused, match=r"00001\.json: 1,099,511,627,776 bytes"):
+        everything_there(begun)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "fifo"])
+def test_what_does_not_belong_in_the_folder_is_named(kind: str, cache: Path) -> None:
+    path = cache / "data.zarr/train/notes.txt"
+    match kind:
+        case "file":
+            path.write_text("mine")
+        case "folder":
+            path.mkdir()
+        case "link":
+            path.symlink_to(cache / "plan.json")
+        case "fifo":
+            os.mkfifo(path)
+
+    for level in ("structure", "everything"):
+        problems = integrity.verify(cache, level=level).problems
+        assert [problem.key for problem in problems] == ["data.zarr/train/notes.txt"]
+        assert "remove it" in str(problems[0])
+
+
+def test_a_key_of_another_case_is_a_missing_one_and_a_stray_one(cache: Path) -> None:
+    shutil.move(cache / "data.zarr/train/0/mask", cache / "data.zarr/train/0/Mask")
+
+    said = found_by_verify(cache, "structure")
+
+    assert "data.zarr/train/0/mask/c/0/0: missing" in said
+    assert "data.zarr/train/0/Mask/c/0/0: a file" in said
+    with pytest.raises(CacheCorrupt, match="mask/c/0/0 is missing"):
+        everything(cache)
+
+
+def test_sealing_waits_for_every_part(begun: Path) -> None:
+    before = state(begun)
+    with pytest.raises(CacheIncomplete, match=r"2 parts are missing, train/0/00002 first"):
+        integrity.seal(begun)
+    assert state(begun) == before
+
+
+def test_sealing_refuses_arrays_that_rotted_since_the_plan(begun: Path, sound: Path) -> None:
+    finish(begun, sound)
+    for key in (
+        "data.zarr/train/kmer_id/c/1/0",
+        "data.zarr/valid/0/reversed/c/0",
+        "data.zarr/statistics/embedding/std/c/0",
+    ):
+        original = (begun / key).read_bytes()
+        flip(begun / key, len(original) * 4)
+        with pytest.raises(CacheCorrupt):
+            integrity.seal(begun)
+        assert found_by_verify(begun)
+        (begun / key).write_bytes(original)
+    # Exchanged whole, CRC and all.
+    mean, std = (begun / f"data.zarr/statistics/embedding/{n}/c/0" for n in ("mean", "std"))
+    originals = mean.read_bytes(), std.read_bytes()
+    mean.write_bytes(originals[1])
+    std.write_bytes(originals[0])
+    with pytest.raises(CacheCorrupt, match="mean/c/0 is not what the plan says"):
+        integrity.seal(begun)
+    mean.write_bytes(originals[0])
+    std.write_bytes(originals[1])
+    original = (begun / "windows.parquet").read_bytes()
+    table = pq.read_table(begun / "windows.parquet")
+    starts = pa.array([start + 6 for start in table["start"].to_pylist()])
+    column = table.schema.get_field_index("start")
+    pq.write_table(table.set_column(column, "start", starts), begun / "windows.parquet")
+    with pytest.raises(CacheCorrupt, match=r"windows\.parquet: contents .* expected"):
+        integrity.seal(begun)
+    (begun / "windows.parquet").write_bytes(original)
+    assert found_by_verify(begun) == ""
+
+    manifest = integrity.seal(begun)
+
+    assert manifest.id == Cache.open(sound).id
+    assert {k: v[0] for k, v in state(begun).items()} == {k: v[0] for k, v in state(sound).items()}
+
+
+def finish(begun: Path, sound: Path) -> None:
+    """The rest of the parts, as the sound twin has them."""
+    for path in sound.rglob("*"):
+        copy = begun / path.relative_to(sound)
+        if path.is_file() and not copy.exists() and path.name != "manifest.json":
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def test_one_cache_holds_one_class_of_arithmetic(begun: Path, sound: Path) -> None:
+    finish(begun, sound)
+    rewrite(begun / RECEIPT.format(2), lambda receipt: receipt.update(numerics={"device": "cuda"}))
+
+    with pytest.raises(CacheCorrupt, match=r"train/0/00002 was made by .*cuda"):
+        integrity.seal(begun)
+
+
+def test_sealing_refuses_a_shard_of_another_length(begun: Path, sound: Path) -> None:
+    finish(begun, sound)
+    truncated(begun, sound)
+    with pytest.raises(CacheCorrupt, match=r"value/c/1/0/0 has .* bytes, its receipt says"):
+        integrity.seal(begun)
+
+
+def test_damage_is_sorted_into_parts_to_make_again_and_what_no_one_can(
+    cache: Path, sound: Path
+) -> None:
+    truncated(cache, sound)
+    flip(cache / RECEIPT.format(0), 100)
+    kmers_missing(cache, sound)
+    plan = Cache.open(cache).plan
+
+    parts, beyond = integrity.damaged_parts(plan, integrity.verify(cache).problems)
+
+    assert parts == [Part("train", 0, 0), Part("train", 0, 1)]
+    assert [problem.key for problem in beyond] == ["data.zarr/train/kmer_id/c/1/0"]
+
+
+def test_forgetting_a_part_takes_the_seal_and_its_receipt_and_no_more(cache: Path) -> None:
+    before = state(cache)
+
+    integrity.forget(cache, [Part("train", 0, 1)])
+
+    assert set(before) - set(state(cache)) == {"manifest.json", RECEIPT.format(1)}
+    plan = Cache.open(cache, incomplete=True).plan
+    assert integrity.missing_parts(cache, plan) == [Part("train", 0, 1)]
+    assert integrity.numerics_class(cache, plan) == {"device": "none"}
+    integrity.forget(cache, plan.parts())
+    assert integrity.missing_parts(cache, plan) == list(plan.parts())
+    assert integrity.numerics_class(cache, plan) is None
+
+
+def test_verify_tells_how_far_it_is(cache: Path) -> None:
+    told = []
+    report = integrity.verify(cache, report=told.append)
+    assert [one.done for one in told] == sorted(one.done for one in told)
+    assert told[-1].done == told[-1].total == report.nbytes
