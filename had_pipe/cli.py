@@ -504,7 +504,8 @@ def distill(
 
     with _reporter() as report:
         made = train(asked, caches=cache or None, device=device.value, report=report)
-    from had_pipe.report import read_run, verdicts
+    from had_pipe.report import verdicts
+    from had_pipe.run import read_run
 
     if made.already_done:
         done = f"nothing was left to do: all {count(made.steps, 'step')} were done"
@@ -545,7 +546,8 @@ def report(
 
     The page holds everything it shows; the run may still be going on.
     """
-    from had_pipe.report import read_run, verdicts, write_report
+    from had_pipe.report import verdicts, write_report
+    from had_pipe.run import read_run
 
     page = write_report(run, out)
     _print_facts(_continued("measured", verdicts(read_run(run))))

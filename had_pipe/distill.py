@@ -1,58 +1,46 @@
 """Stage two: a student learns from a cache. One run is one folder; the same call starts it, goes
-on where it stopped, and says when nothing is left.
+on where it stopped, and says when nothing is left. What lies in the folder: had_pipe.run.
 
-    RUN/
-    ├── run.json        what the run is: recipe, caches, student, versions; written first
-    ├── metrics.jsonl   one line a measurement; never a step twice
-    ├── checkpoints/    whole-run state (had_pipe.checkpoint)
-    └── student/        the student alone, with its card; written last, so it says the run is done
-
-It needs caches alone: no teacher, no genome. What is measured beside each other: the student, the
-mean predictor and a table of one mean embedding for each k-mer, on the same held-out windows.
+It needs caches alone: no teacher, no genome. The student is measured beside floors
+(had_pipe.floors), on the same held-out windows.
 
 B windows of a batch, T k-mers, V visible groups, D teacher channels, S = 6T bases, E width.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import platform
 import shutil
 import signal
-import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from had_pipe import __version__, checkpoint
+from had_pipe import __version__, checkpoint, run
 from had_pipe.cache import Cache
-from had_pipe.dna import kmers
-from had_pipe.durable import make_folder, publish, storage, sync_tree, write_file
+from had_pipe.card import licence_of, student_card, teacher_of
+from had_pipe.durable import make_folder, publish, storage, sync_tree
 from had_pipe.errors import (
     CacheMismatch,
-    HeldError,
     InputError,
     Interrupted,
     NonFiniteError,
     RecipeError,
-    RunMismatch,
 )
+from had_pipe.floors import Floors, Seen
+from had_pipe.hold import held
 from had_pipe.objectives import HADObjective, Losses
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe, Train
@@ -66,16 +54,12 @@ from had_pipe.students import (
     spell,
 )
 
-FORMAT = "had-run/1"
 FLOOR_WINDOWS = 8192
 """Training windows that the floors are learnt from, at most."""
 _FLOOR_ELEMENTS = 1 << 22
 """Elements of an embedding in one batch of that."""
 
-_RUN, _METRICS, _CHECKPOINTS, _STUDENT = "run.json", "metrics.jsonl", "checkpoints", "student"
 _TERMS = ("loss", "align", "reconstruct", "accuracy", "cosine")
-# Keys of [train] that say where and how often, not what is learnt: they may change within a run.
-_CADENCE = ("out", "log_every", "validate_every", "checkpoint_every")
 
 log = logging.getLogger(__name__)
 
@@ -123,13 +107,17 @@ def distill(
         )
     out = recipe.train.out
     make_folder(out)
-    with _held(out), _Signals() as signals, torch.random.fork_rng(_forked(torch_device)):
-        run = _Run(recipe, opened, torch_device, report=report, signals=signals)
-        if (out / _STUDENT).exists():
-            return _summary(run, already_done=True)
-        run.train()
-        run.publish_student()
-        return _summary(run, already_done=False)
+    with (
+        held(out, lock=".lock", doing="training this run"),
+        _Signals() as signals,
+        torch.random.fork_rng(_forked(torch_device)),
+    ):
+        training = _Run(recipe, opened, torch_device, report=report, signals=signals)
+        already_done = (out / run.STUDENT).exists()
+        if not already_done:
+            training.train()
+            training.publish_student()
+        return _summary(training, already_done=already_done)
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -190,14 +178,13 @@ class _Run:
             HADConfig(
                 **recipe.student.model_dump(),
                 decoder_heads=recipe.objective.decoder_heads,
-                licence=_licence(caches),
-                teacher=_teacher(caches[0]),
+                licence=licence_of(caches),
+                teacher=teacher_of(caches[0]),
             )
         )
         nn.Module.to(self.student, device)
         mean_D, std_D = torch.tensor(caches[0].mean), torch.tensor(caches[0].std)
         normalised = recipe.objective.target == "normalised"
-        self._unit_D = (std_D if normalised else torch.ones_like(std_D)).to(device)
         self.objective = HADObjective(
             hidden_size=recipe.student.hidden_size,
             channels=plan.teacher.channels,
@@ -216,8 +203,8 @@ class _Run:
         )
         self._parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
         document = self._document(recipe)
-        self.id = sha256(_canonical(_identity(document))).hexdigest()
-        self._begin(document)
+        self.id = run.run_id(document)
+        run.begin(self.out, document)
 
     # What the run is
 
@@ -228,7 +215,7 @@ class _Run:
         }
         chosen = kernel(self._device)
         return {
-            "format": FORMAT,
+            "format": run.FORMAT,
             "recipe": sections,
             "order": ORDER_VERSION,
             "caches": [
@@ -254,49 +241,15 @@ class _Run:
             },
         }
 
-    def _begin(self, document: dict[str, Any]) -> None:
-        """Write run.json, or find that the one there means the same run."""
-        path = self.out / _RUN
-        if not path.exists():
-            others = [n for n in (_METRICS, _CHECKPOINTS, _STUDENT) if (self.out / n).exists()]
-            if others:
-                raise RunMismatch(
-                    f"{self.out}: holds {', '.join(others)} but no {_RUN}: these are not of a run "
-                    "that can be gone on with. Use another [train] out"
-                )
-            text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-            write_file(path, text.encode(), aside=self.out)
-            return
-        try:
-            there = _identity(json.loads(path.read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunMismatch(
-                f"{path}: is not the record of a run ({error!r}). Use another [train] out"
-            ) from error
-        here = _identity(document)
-        keys = list(dict.fromkeys([*there, *here]))
-        differing = [key for key in keys if there.get(key) != here.get(key)]
-        if differing:
-            width = max(len(key) for key in differing)
-            raise RunMismatch(
-                f"{self.out} was begun by another recipe or cache:\n"
-                + "".join(
-                    f"  {key:<{width}}   there {_show(there.get(key))}   "
-                    f"here {_show(here.get(key))}\n"
-                    for key in differing
-                )
-                + "Use another [train] out, or restore these values."
-            )
-
     # Training
 
     def train(self) -> None:
         """From the last checkpoint, or from the start, to the last step."""
-        state = checkpoint.load(self.out / _CHECKPOINTS, run=self.id)
+        state = checkpoint.load(self.out / run.CHECKPOINTS, run=self.id)
         if state is not None:
             self._restore(state)
         nbytes = state.facts["metrics_nbytes"] if state is not None else 0
-        with _Metrics(self.out / _METRICS, nbytes=nbytes) as metrics:
+        with run.Metrics(self.out, nbytes=nbytes) as metrics:
             if state is None:
                 self._measure_floors(metrics)
             if self._start == self.config.steps:
@@ -310,7 +263,7 @@ class _Run:
             ) as stream:
                 self._loop(stream, metrics)
 
-    def _loop(self, stream: Stream, metrics: _Metrics) -> None:
+    def _loop(self, stream: Stream, metrics: run.Metrics) -> None:
         config, begun = self.config, perf_counter()
         pace = _Pace(stream)
         facts: dict[str, float | str] = {}
@@ -342,7 +295,7 @@ class _Run:
                 self._signals.stop(f"after step {step} of {config.steps}, saved")
 
     def _tell(
-        self, step: int, metrics: _Metrics, pace: _Pace, *, epoch: float
+        self, step: int, metrics: run.Metrics, pace: _Pace, *, epoch: float
     ) -> dict[str, float | str]:
         """Write a line of metrics, the means since the last one; what of it is worth showing."""
         means = (self._sums / (step - self._told)).tolist()
@@ -385,7 +338,7 @@ class _Run:
         """Of the run so far, all its processes added."""
         return self._seconds_before + perf_counter() - self._begun
 
-    def _save(self, step: int, metrics: _Metrics) -> None:
+    def _save(self, step: int, metrics: run.Metrics) -> None:
         tensors, facts = checkpoint.optimiser_state(self._optimiser)
         state = checkpoint.State(
             step=step,
@@ -402,7 +355,7 @@ class _Run:
                 "metrics_nbytes": metrics.sync(),
             },
         )
-        checkpoint.save(self.out / _CHECKPOINTS, state, run=self.id)
+        checkpoint.save(self.out / run.CHECKPOINTS, state, run=self.id)
 
     def _restore(self, state: checkpoint.State) -> None:
         self._start, self._told = state.step, state.facts["told"]
@@ -456,7 +409,7 @@ class _Run:
         _require_finite(batch, self.caches, "train", f"{self.out}: step {step}")
         figures = {"loss": float(losses.total.detach()), "gradient norm": float(norm)}
         wrong = [f"{name} is {x}" for name, x in figures.items() if not math.isfinite(x)]
-        saved = checkpoint.checkpoints(self.out / _CHECKPOINTS)
+        saved = checkpoint.checkpoints(self.out / run.CHECKPOINTS)
         raise NonFiniteError(
             f"{self.out}: step {step}: {', '.join(wrong)}; the targets are finite; the batch was: "
             f"{_name_windows(batch, self.caches, 'train')}. The weights were not changed by it; "
@@ -494,7 +447,7 @@ class _Run:
             )
 
     @torch.no_grad()
-    def _validate(self, step: int, metrics: _Metrics) -> None:
+    def _validate(self, step: int, metrics: run.Metrics) -> None:
         held_out, config = self._held_out(), self.config
         if not held_out:
             return
@@ -518,77 +471,37 @@ class _Run:
         metrics.write("validation", step=step, windows=windows, **means)
 
     @torch.no_grad()
-    def _measure_floors(self, metrics: _Metrics) -> None:
-        """What the held-out figures are without a student: nothing of it looks at a neighbour."""
+    def _measure_floors(self, metrics: run.Metrics) -> None:
+        """What the held-out figures are without a student."""
         held_out, config = self._held_out(), self.config
         if not held_out:
             return
         plan = self.caches[0].plan
         # Long batches: what is done with each is little, and setting it going costs more.
-        many = max(1, _FLOOR_ELEMENTS // (plan.windows.stored * plan.teacher.channels))
-        what = "measuring the floors"
-        channels, device = plan.teacher.channels, self._device
-        table_KD = torch.zeros(kmers.KMERS, channels, dtype=torch.float64, device=device)
-        count_K = torch.zeros(kmers.KMERS, dtype=torch.float64, device=device)
-        every_K = torch.zeros(kmers.KMERS, dtype=torch.float64, device=device)
-        for batch in self._pass(self.caches, "train", FLOOR_WINDOWS, batch=many, what=what):
-            kmer_id, target = self._visible_pairs(batch)
-            table_KD.index_add_(0, kmer_id, target.double())
-            count_K += torch.bincount(kmer_id, minlength=kmers.KMERS)
-            every_K += torch.bincount(batch.kmer_id.flatten(), minlength=kmers.KMERS)
-            self._signals.stop("before the first step")
-        mean_D = table_KD.sum(0) / count_K.sum()
-        # A k-mer that training never shows is predicted by the mean.
-        table_KD = torch.where(
-            count_K[:, None] > 0, table_KD / count_K[:, None].clamp(min=1), mean_D
-        ).float()
-        mean_1D = mean_D.float()[None]
-        base_K4 = torch.from_numpy(_BASES_K4).to(device)
-        frequency_4 = (every_K @ base_K4) / (every_K.sum() * kmers.K)
+        stored, channels = plan.windows.stored, plan.teacher.channels
+        many = max(1, _FLOOR_ELEMENTS // (stored * channels))
 
-        squares = torch.zeros(4, dtype=torch.float64, device=device)
-        masked_4 = torch.zeros(4, dtype=torch.float64, device=device)
-        groups = windows = 0
-        for batch in self._pass(
-            held_out, config.validation_split, config.validation_windows, batch=many, what=what
-        ):
-            kmer_id, target = self._visible_pairs(batch)
-            squares += torch.stack(
-                [
-                    figure
-                    for guess in (mean_1D.expand_as(target), table_KD[kmer_id])
-                    for figure in (
-                        ((guess - target) / self._unit_D).square().mean(1).double().sum(),
-                        F.cosine_similarity(guess, target, dim=1).double().sum(),
-                    )
-                ]
-            )
-            hidden_K = torch.bincount(batch.kmer_id[batch.mask], minlength=kmers.KMERS)
-            masked_4 += hidden_K.double() @ base_K4
-            groups += len(kmer_id)
-            windows += len(batch.kmer_id)
-        names = ("mean_align", "mean_cosine", "kmer_align", "kmer_cosine")
-        commonest = int(frequency_4.argmax())
-        metrics.write(
-            "floors",
-            **dict(zip(names, (squares / groups).tolist(), strict=True)),
-            base_frequency_accuracy=float(masked_4[commonest] / masked_4.sum()),
-            base_frequency_cross_entropy=float(
-                -(masked_4 * frequency_4.clamp(min=1e-12).log()).sum() / masked_4.sum()
-            ),
-            windows=windows,
+        def seen(caches: Sequence[Cache], split: str, windows: int) -> Iterator[Seen]:
+            for batch in self._pass(
+                caches, split, windows, batch=many, what="measuring the floors"
+            ):
+                yield batch.kmer_id, batch.mask, self._visible_target(batch)
+                self._signals.stop("before the first step")
+
+        floors = Floors.learn(
+            seen(self.caches, "train", FLOOR_WINDOWS), channels=channels, device=self._device
         )
-
-    def _visible_pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """K-mer ids (P,) and embeddings (P, D) of a batch's visible groups."""
-        target_BVD = self._visible_target(batch)
-        return batch.kmer_id[~batch.mask], target_BVD.flatten(0, 1)
+        measured = floors.measure(
+            seen(held_out, config.validation_split, config.validation_windows),
+            unit_D=self.objective.unit_D,
+        )
+        metrics.write("floors", **measured)
 
     # The end
 
     def publish_student(self) -> None:
         """The student's folder, whole or absent."""
-        aside = self.out / f".{_STUDENT}.tmp"
+        aside = self.out / f".{run.STUDENT}.tmp"
         with storage(self.out):
             if aside.exists():
                 shutil.rmtree(aside)
@@ -603,118 +516,16 @@ class _Run:
             (aside / "model.safetensors").chmod((aside / "config.json").stat().st_mode)
             (aside / "README.md").write_text(self._card(), encoding="utf-8")
         sync_tree(aside)
-        publish(aside, self.out / _STUDENT)
+        publish(aside, self.out / run.STUDENT)
 
     def _card(self) -> str:
-        lines = read_metrics(self.out)
-        validation = _last(lines, "validation")
-        floors = _last(lines, "floors")
-        plan = self.caches[0].plan
-        licence = _licence(self.caches)
-        front = [
-            "---",
-            f"license: {_hub_licence(licence)}",
-            *([f"license_name: {licence}"] if _hub_licence(licence) == "other" else []),
-            "library_name: transformers",
-            *([f"base_model: {plan.teacher.name}"] if plan.teacher.revision else []),
-            "tags: [dna, genomics, distillation, had-pipe]",
-            "---",
-        ]
-        body = [
-            "",
-            "# A DNA student distilled with had-pipe",
-            "",
-            f"{_count(self.student):,} parameters; one feature of width "
-            f"{self.student.config.hidden_size} a base. Made from the embeddings of "
-            f"{plan.teacher.name} ({_version(self.caches[0])}, layer {plan.teacher.layer}) "
-            f"in {self.config.steps:,} steps of {self.config.batch:,} windows of "
-            f"{plan.windows.bases:,} bases.",
-            "",
-            "| cache | genome | bases | digest |",
-            "|---|---|---|---|",
-            *(
-                f"| {cache.id[:12]} | {genome.name} | {genome.bases:,} | {genome.digest} |"
-                for cache in self.caches
-                for genome in cache.plan.genomes
-            ),
-            "",
-            f"Licence: {licence}, inherited from the teacher through the cache.",
-        ]
-        reasons = {c.plan.licence_reason for c in self.caches if c.plan.licence_reason}
-        body += [f"Reason recorded for this licence: {reason}" for reason in sorted(reasons)]
-        if validation and floors:
-            body += [
-                "",
-                f"On {validation['windows']:,} held-out windows:",
-                "",
-                "| | student | mean of each k-mer | mean embedding | base frequencies |",
-                "|---|---|---|---|---|",
-                _row("squared error of visible groups", validation, "align", floors, ".4g"),
-                _row("cosine of visible groups", validation, "cosine", floors, ".4f"),
-                _row("cross-entropy of masked bases", validation, "reconstruct", floors, ".4f"),
-                _row("accuracy of masked bases", validation, "accuracy", floors, ".4f"),
-            ]
-        else:
-            body += ["", "Nothing was held out: no figure on unseen DNA is known."]
-        body += [
-            "",
-            "```python",
-            "import had_pipe.students  # registers the model with transformers",
-            "from transformers import AutoModel, AutoTokenizer",
-            "",
-            'student = AutoModel.from_pretrained("path/of/this/folder")',
-            'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")',
-            'features = student(**tokenizer(["ACGTACGT"], return_tensors="pt")).last_hidden_state',
-            "```",
-            "",
-        ]
-        return "\n".join([*front, *body])
-
-
-# Metrics
-
-
-class _Metrics:
-    """metrics.jsonl, cut back to where the checkpoint was saved, then appended to."""
-
-    def __init__(self, path: Path, *, nbytes: int) -> None:
-        self._path = path
-        self._nbytes = nbytes
-
-    def __enter__(self) -> _Metrics:
-        with storage(self._path):
-            self._file: BinaryIO = self._path.open("ab")
-            found = self._file.tell()
-            if found < self._nbytes:
-                self._file.close()
-                raise InputError(
-                    f"{self._path}: {found} bytes, but {self._nbytes} when the checkpoint was "
-                    "saved: lines were lost; put the file back, or use another [train] out"
-                )
-            self._file.truncate(self._nbytes)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, kind: str, **values: float | int) -> None:
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"{self._path.parent}: {kind}: {name} is {value}, not a number: "
-                    "lower [train] lr or clip, and use another [train] out"
-                )
-        line = json.dumps({"kind": kind, **values}) + "\n"
-        with storage(self._path):
-            self._file.write(line.encode())
-            self._file.flush()
-
-    def sync(self) -> int:
-        """Make what was written durable; how many bytes that is."""
-        with storage(self._path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            return self._file.seek(0, os.SEEK_END)
+        return student_card(
+            run.read_run(self.out),
+            self.caches,
+            parameters=_count(self.student),
+            width=self.student.config.hidden_size,
+            batch=self.config.batch,
+        )
 
 
 class _Pace:
@@ -744,57 +555,22 @@ class _Pace:
         return min(1.0, (self._stream.wait_seconds - self._waited) / self.seconds)
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics."""
-    try:
-        text = (run / _METRICS).read_text("utf-8")
-    except FileNotFoundError as error:
+def _summary(training: _Run, *, already_done: bool) -> DistillSummary:
+    record = run.read_run(training.out)
+    if not record.train:
         raise InputError(
-            f"{run}: {_METRICS} is not here, though training is done: put it back, or use another "
-            "[train] out"
-        ) from error
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def _last(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
-    return next((line for line in reversed(lines) if line["kind"] == kind), None)
-
-
-_BASE_FLOORS = {
-    "accuracy": "base_frequency_accuracy",
-    "reconstruct": "base_frequency_cross_entropy",
-}
-
-
-def _row(
-    what: str, student: Mapping[str, Any], term: str, floors: Mapping[str, Any], form: str
-) -> str:
-    """One line of the card's table: the student's figure and those of the floors it has."""
-
-    def cell(figures: Mapping[str, Any], key: str) -> str:
-        return format(figures[key], form) if key in figures else "-"
-
-    cells = [
-        cell(student, term),
-        cell(floors, f"kmer_{term}"),
-        cell(floors, f"mean_{term}"),
-        cell(floors, _BASE_FLOORS.get(term, "")),
-    ]
-    return f"| {what} | {' | '.join(cells)} |"
-
-
-def _summary(run: _Run, *, already_done: bool) -> DistillSummary:
-    lines = read_metrics(run.out)
-    train = [line for line in lines if line["kind"] == "train"]
+            f"{training.out / run.METRICS}: tells of no step, though training is done: put the "
+            "file back, or use another [train] out"
+        )
     return DistillSummary(
-        run=run.out,
-        student=run.out / _STUDENT,
-        steps=run.config.steps,
-        first=train[0],
-        last=train[-1],
-        validation=_last(lines, "validation"),
-        floors=_last(lines, "floors"),
-        seconds=train[-1]["seconds"],
+        run=training.out,
+        student=training.out / run.STUDENT,
+        steps=training.config.steps,
+        first=record.train[0],
+        last=record.train[-1],
+        validation=record.validation[-1] if record.validation else None,
+        floors=record.floors,
+        seconds=record.train[-1]["seconds"],
         already_done=already_done,
     )
 
@@ -833,64 +609,8 @@ def _terms(losses: Losses) -> list[Tensor]:
     return [part.detach().float() for part in parts]
 
 
-# Who a run is
-
-
-def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a run's result, flat: two runs that agree in it are one run."""
-    identity: dict[str, Any] = {"format": document["format"], "order": document["order"]}
-    for section, values in document["recipe"].items():
-        for key, value in values.items():
-            if section != "train" or key not in _CADENCE:
-                identity[f"{section}.{key}"] = value
-    for i, cache in enumerate(document["caches"]):
-        identity[f"cache {i + 1}" if i else "cache"] = cache["id"]
-    return identity
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _show(value: object) -> str:
-    text = "(none)" if value is None else str(value)
-    return text if len(text) <= 40 else text[:12] + "..."
-
-
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _version(cache: Cache) -> str:
-    teacher = cache.plan.teacher
-    return (
-        f"revision {teacher.revision[:12]}"
-        if teacher.revision
-        else f"weights {teacher.weights_sha256[:12]}"
-    )
-
-
-def _teacher(cache: Cache) -> str:
-    return f"{cache.plan.teacher.name} ({_version(cache)})"
-
-
-def _licence(caches: Sequence[Cache]) -> str:
-    return " AND ".join(dict.fromkeys(cache.plan.licence for cache in caches))
-
-
-def _hub_licence(licence: str) -> str:
-    """As model cards spell it."""
-    return licence.lower() if " " not in licence and licence != "unknown" else "other"
-
-
-# Bases of each k-mer: how many A, C, G, T.
-_BASES_K4 = np.stack(
-    [
-        (kmers.decode_kmers(np.arange(kmers.KMERS, dtype=np.uint16)[:, None]) == base).sum(1)
-        for base in range(4)
-    ],
-    axis=1,
-).astype(np.float64)
 
 
 # The machine
@@ -921,27 +641,6 @@ def _device_name(device: torch.device) -> str:
 
 def _forked(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
-
-
-@contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """The run's folder for this process alone."""
-    lock = FileLock(out / ".lock")
-    holder = out / ".holder"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        who = holder.read_text("utf-8") if holder.exists() else "unknown"
-        raise HeldError(
-            f"{out}: another process trains this run ({who}); wait until it ends, or stop it"
-        ) from error
-    try:
-        with storage(holder):
-            holder.write_text(f"host {socket.gethostname()}, pid {os.getpid()}", "utf-8")
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
 
 
 class _Signals:

@@ -63,6 +63,7 @@ class HADObjective(nn.Module):
         assert max(align, reconstruct) > 0
         assert (target == "normalised") == (mean_D is not None) == (std_D is not None)
         self.align, self.reconstruct = align, reconstruct
+        self._channels = channels
         # A term of weight 0 has no weights: they would lie in the optimiser and learn nothing.
         self.projection = nn.Linear(hidden_size, channels) if align else None
         self.decoder = BaseDecoder(hidden_size, decoder_heads) if reconstruct else None
@@ -126,6 +127,13 @@ class HADObjective(nn.Module):
         assert self.projection is not None, "trained without alignment"
         _, visible_BV6E, _ = _visible_first(feat_BSE, mask_BT, visible)
         return self._out_of(self.projection(visible_BV6E.mean(dim=2)).float())
+
+    @property
+    def unit_D(self) -> Tensor:
+        """What an error of 1 is in each channel of the teacher's space."""
+        if self.std_D is not None:
+            return self.std_D
+        return torch.ones(self._channels, device=next(self.parameters()).device)
 
     def _into(self, emb_BVD: Tensor) -> Tensor:
         if self.mean_D is None or self.std_D is None:

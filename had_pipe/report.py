@@ -25,89 +25,14 @@ import numpy as np
 
 from had_pipe import __version__
 from had_pipe.durable import make_folder, write_file
-from had_pipe.errors import InputError
+from had_pipe.run import Row, RunRecord, read_run
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-RUN_FORMAT = "had-run/1"
 _PAGE = "report.html"
 _MOST_POINTS = 800
-
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """What a run folder says about itself."""
-
-    folder: Path
-    run: Mapping[str, Any]
-    """run.json."""
-    train: tuple[Row, ...]
-    validation: tuple[Row, ...]
-    floors: Row | None
-
-    @property
-    def steps(self) -> int:
-        """Steps the recipe asks for."""
-        return int(self.run["recipe"]["train"]["steps"])
-
-    @property
-    def step(self) -> int:
-        """Last step that metrics tell of."""
-        return max((int(row["step"]) for row in (*self.train, *self.validation)), default=0)
-
-
-def read_run(folder: Path) -> RunRecord:
-    """Read a run folder. Raises InputError where it is none, or a line of its metrics is broken."""
-    told = folder / "run.json"
-    try:
-        run = json.loads(told.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{folder}: not a run: run.json cannot be read ({error.strerror}); give the folder "
-            "that [train] out names in the recipe."
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{told}: not JSON ({error}); the file was changed by hand.") from error
-    found = run.get("format") if isinstance(run, dict) else None
-    if found != RUN_FORMAT:
-        raise InputError(
-            f"{told}: format {found!r}, but this had-pipe reads {RUN_FORMAT!r}; use the version "
-            "that made the run."
-        )
-    rows = _read_metrics(folder / "metrics.jsonl")
-    floors = [row for row in rows if row["kind"] == "floors"]
-    return RunRecord(
-        folder=folder,
-        run=run,
-        train=tuple(row for row in rows if row["kind"] == "train"),
-        validation=tuple(row for row in rows if row["kind"] == "validation"),
-        floors=floors[-1] if floors else None,
-    )
-
-
-def _read_metrics(path: Path) -> list[Row]:
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except FileNotFoundError:
-        return []
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        # Without its line feed the last line is one that a running process is still writing.
-        if not line or number == len(lines):
-            continue
-        try:
-            row = json.loads(line)
-            rows.append({**row, "kind": row["kind"]})
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"{path}: line {number} is not a line of metrics ({error}): {line[:60]!r}; the "
-                "file was damaged, remove that line."
-            ) from error
-    return rows
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:

@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from had_pipe import checkpoint
 from had_pipe.cache import Cache
-from had_pipe.distill import DistillSummary, distill, learning_rate, parameter_groups, read_metrics
+from had_pipe.distill import DistillSummary, distill, learning_rate, parameter_groups
 from had_pipe.dna import kmers
 from had_pipe.errors import (
     CacheIncomplete,
@@ -38,6 +38,7 @@ from had_pipe.errors import (
 from had_pipe.objectives import HADObjective
 from had_pipe.progress import Progress
 from had_pipe.recipe import Recipe, Train
+from had_pipe.run import read_metrics
 from had_pipe.students import HADConfig, HADModel, spell
 
 TINY = {
@@ -503,7 +504,7 @@ def test_two_trainings_of_one_run_do_not_meet(tmp_path: Path, cache: Path) -> No
     first.start()
     try:
         assert training.wait(60)
-        with pytest.raises(HeldError, match=rf"another process trains .*pid {os.getpid()}\)"):
+        with pytest.raises(HeldError, match=rf"process {os.getpid()} on .* is training this run"):
             distill(recipe)
     finally:
         go_on.set()

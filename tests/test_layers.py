@@ -27,17 +27,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": {"errors", "dna", "students"},
     "checkpoint": {"errors", "durable"},
     "stream": {"errors", "draws", "dna", "cache"},
-    "report": {"errors", "durable"},
+    "hold": {"errors", "durable"},
+    "floors": {"dna"},
+    "run": {"errors", "durable"},
+    "card": {"cache", "run"},
+    "report": {"durable", "run"},
     "extract": {
         *{"errors", "progress", "draws", "durable", "dna", "recipe", "cache"},
-        *{"corpus", "teachers"},
+        *{"corpus", "teachers", "hold"},
     },
     "distill": {
         *{"errors", "progress", "draws", "durable", "dna", "recipe", "cache"},
-        *{"students", "objectives", "stream", "checkpoint", "report"},
+        *{"students", "objectives", "stream", "checkpoint", "floors", "hold", "run", "card"},
     },
     "cli": {
-        *{"errors", "progress", "recipe", "cache", "extract", "distill", "report"},
+        *{"errors", "progress", "recipe", "cache", "extract", "distill", "run", "report"},
         "students",  # doctor says which kernel runs
     },
 }
@@ -67,6 +71,7 @@ OWNERS: dict[str, set[str]] = {
     "matplotlib": {"report"},
     "torch": {
         *{"teachers", "students", "objectives", "stream", "checkpoint", "extract", "distill"},
+        "floors",
         "cli",  # doctor says which devices there are
     },
 }
@@ -144,6 +149,7 @@ def test_genomes_recipes_and_caches_never_load_torch() -> None:
         for name in MODULES
         if name.split(".")[0]
         in {"errors", "progress", "draws", "durable", "dna", "recipe", "corpus", "cache", "report"}
+        | {"hold", "run", "card"}
     ]
     assert len(data_path) > 10
     assert "torch" not in loaded_after(*data_path)

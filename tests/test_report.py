@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from had_pipe.errors import InputError
-from had_pipe.report import read_run, verdicts, write_report
+from had_pipe.report import verdicts, write_report
+from had_pipe.run import read_run
 
 STEPS = 110
 FLOORS = {

@@ -1,0 +1,144 @@
+"""A student's card: what it is, what it came from, what it may be used for, what it was seen to do.
+
+Names, licences and reasons come out of caches, which strangers may have made: here they are text
+on one line, whatever they hold.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from had_pipe.cache import Cache
+from had_pipe.run import RunRecord
+
+_BASE_FLOORS = {
+    "accuracy": "base_frequency_accuracy",
+    "reconstruct": "base_frequency_cross_entropy",
+}
+
+
+def student_card(
+    record: RunRecord, caches: Sequence[Cache], *, parameters: int, width: int, batch: int
+) -> str:
+    """README.md of a student, as model hubs read it."""
+    plan = caches[0].plan
+    licence = licence_of(caches)
+    spelt = _hub_licence(licence)
+    front = [
+        "---",
+        f"license: {spelt}",
+        *([f"license_name: {_yaml(licence)}"] if spelt == "other" else []),
+        "library_name: transformers",
+        *([f"base_model: {_yaml(plan.teacher.name)}"] if plan.teacher.revision else []),
+        "tags: [dna, genomics, distillation, had-pipe]",
+        "---",
+    ]
+    body = [
+        "",
+        "# A DNA student distilled with had-pipe",
+        "",
+        f"{parameters:,} parameters; one feature of width {width} a base. Made from the "
+        f"embeddings of {_line(plan.teacher.name)} ({_version(caches[0])}, layer "
+        f"{plan.teacher.layer}) in {record.steps:,} steps of {batch:,} windows of "
+        f"{plan.windows.bases:,} bases.",
+        "",
+        "| cache | genome | bases | digest |",
+        "|---|---|---|---|",
+        *(
+            f"| {cache.id[:12]} | {_line(of.name)} | {of.bases:,} | {_line(of.digest)} |"
+            for cache in caches
+            for of in cache.plan.genomes
+        ),
+        "",
+        f"Licence: {_line(licence)}, inherited from the teacher through the cache.",
+    ]
+    reasons = {_line(c.plan.licence_reason) for c in caches if c.plan.licence_reason}
+    body += [f"Reason recorded for this licence: {reason}" for reason in sorted(reasons)]
+    validation = record.validation[-1] if record.validation else None
+    floors = record.floors
+    if validation and floors:
+        body += [
+            "",
+            f"On {validation['windows']:,} held-out windows:",
+            "",
+            "| | student | mean of each k-mer | mean embedding | base frequencies |",
+            "|---|---|---|---|---|",
+            _row("squared error of visible groups", validation, "align", floors, ".4g"),
+            _row("cosine of visible groups", validation, "cosine", floors, ".4f"),
+            _row("cross-entropy of masked bases", validation, "reconstruct", floors, ".4f"),
+            _row("accuracy of masked bases", validation, "accuracy", floors, ".4f"),
+        ]
+    else:
+        body += ["", "Nothing was held out: no figure on unseen DNA is known."]
+    body += [
+        "",
+        "```python",
+        "import had_pipe.students  # registers the model with transformers",
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        'student = AutoModel.from_pretrained("path/of/this/folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")',
+        'features = student(**tokenizer(["ACGTACGT"], return_tensors="pt")).last_hidden_state',
+        "```",
+        "",
+    ]
+    return "\n".join([*front, *body])
+
+
+def teacher_of(cache: Cache) -> str:
+    """Which teacher, at which revision or weights."""
+    return f"{cache.plan.teacher.name} ({_version(cache)})"
+
+
+def licence_of(caches: Sequence[Cache]) -> str:
+    """What binds a student of several caches: the licence of each, as one SPDX expression."""
+    licences = dict.fromkeys(cache.plan.licence for cache in caches)
+    if len(licences) == 1:
+        return next(iter(licences))
+    # AND binds closer than OR.
+    return " AND ".join(f"({one})" if " OR " in one else one for one in licences)
+
+
+def _version(cache: Cache) -> str:
+    teacher = cache.plan.teacher
+    return (
+        f"revision {_line(teacher.revision[:12])}"
+        if teacher.revision
+        else f"weights {_line(teacher.weights_sha256[:12])}"
+    )
+
+
+def _hub_licence(licence: str) -> str:
+    """As model cards spell it: one known word, or `other`."""
+    plain = re.fullmatch(r"[A-Za-z0-9.+-]+", licence) and licence != "unknown"
+    return licence.lower() if plain else "other"
+
+
+def _yaml(text: str) -> str:
+    """Text that YAML reads as text: JSON's strings are YAML's."""
+    return text if re.fullmatch(r"[A-Za-z0-9][\w ./+()-]*", text) else json.dumps(text)
+
+
+def _line(text: str) -> str:
+    """Text that stays one line and one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _row(
+    what: str, student: Mapping[str, Any], term: str, floors: Mapping[str, Any], form: str
+) -> str:
+    """One line of the table: the student's figure and those of the floors it has."""
+
+    def cell(figures: Mapping[str, Any], key: str) -> str:
+        return format(figures[key], form) if key in figures else "-"
+
+    cells = [
+        cell(student, term),
+        cell(floors, f"kmer_{term}"),
+        cell(floors, f"mean_{term}"),
+        cell(floors, _BASE_FLOORS.get(term, "")),
+    ]
+    return f"| {what} | {' | '.join(cells)} |"
