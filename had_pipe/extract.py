@@ -11,19 +11,16 @@ W windows of a batch, T k-mers per window, G stored groups, D channels.
 from __future__ import annotations
 
 import math
-import os
 import queue
 import shutil
-import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import filelock
 import numpy as np
 import numpy.typing as npt
 
@@ -33,16 +30,15 @@ from had_pipe.cache.codec import fidelity
 from had_pipe.cache.reader import expected_keys
 from had_pipe.dna.kmers import K, reverse_complement
 from had_pipe.dna.windows import REST
-from had_pipe.durable import make_folder, storage
 from had_pipe.errors import (
     CacheCorrupt,
     CacheMismatch,
     CacheRefused,
-    HeldError,
     NonFiniteError,
     RecipeError,
     StorageError,
 )
+from had_pipe.hold import held
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Cache as CacheRecipe
 from had_pipe.recipe import Genome, Recipe, Windows
@@ -627,28 +623,9 @@ def _batch(teacher: Teacher, asked: _Asked) -> int:
 # Around it: locks, space, repair, estimates
 
 
-@contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """The cache's lock; who holds it is written beside it for whoever is refused."""
-    make_folder(path / layout.WORK)
-    lock = filelock.FileLock(path / layout.WORK / "lock", timeout=0)
-    owner = path / layout.WORK / "owner"
-    try:
-        with storage(path):
-            lock.acquire()
-    except filelock.Timeout as error:
-        who = owner.read_text() if owner.exists() else ""
-        raise HeldError(
-            f"{path}: {who or 'another process'} is extracting into this cache; wait until it is "
-            "done, or stop it and run the same command again"
-        ) from error
-    try:
-        with storage(owner):
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
+def _held(path: Path) -> AbstractContextManager[None]:
+    """The cache's lock."""
+    return held(path, lock=f"{layout.WORK}/lock", doing="extracting into this cache")
 
 
 def _check_free_for_us(path: Path) -> None:

@@ -894,7 +894,7 @@ splits = { blocks = 3_000, valid = 0.2 }
 [windows]
 bases = 120
 stride = 120
-views = 4
+views = 10
 
 [cache]
 path = "cache"
