@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gc
 import hashlib
 import json
@@ -474,6 +475,28 @@ def test_a_shard_cut_short_while_it_is_open_is_noticed(tmp_path: Path) -> None:
     read(cache, "train", 0, np.array([1]))
     with pytest.raises(CacheCorrupt, match="became shorter"):
         read(cache, "train", 0, np.array([1, 2, 3]))
+
+
+def test_a_disk_that_cannot_be_read_is_named(
+    caches: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(fd: int, buffers: list[Any], offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    cache = Cache.open(caches["int8"])
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(CacheCorrupt, match=r"c/0/0: cannot be read \(Input/output error\)"):
+        read(cache, "train", 0, np.array([0]))
+
+
+@pytest.mark.slow
+def test_a_part_may_be_as_large_as_the_format_allows(tmp_path: Path) -> None:
+    """Its chunk of k-mer ids has 75 MB, more than any JSON file may have."""
+    root = build_cache(
+        tmp_path / "c", windows=3, valid=0, kmers=36, channels=2, part=1 << 20, store="masked"
+    )
+    whole = zarr.open_array(root / "data.zarr", path="train/kmer_id", mode="r")[:]
+    assert bits(read(Cache.open(root), "train", 0, np.arange(3)).kmer_id) == bits(np.asarray(whole))
 
 
 def test_long_runs_go_beyond_what_one_call_takes(tmp_path: Path) -> None:

@@ -319,6 +319,14 @@ def receipt_spoilt_base64(cache: Path, _: Path) -> None:
     rewrite(cache / RECEIPT.format(1), change)
 
 
+def receipt_with_a_fifth_byte(cache: Path, _: Path) -> None:
+    def change(receipt: dict[str, Any]) -> None:
+        for record in receipt["objects"].values():
+            record["crc32c"] = "QUJDREU="
+
+    rewrite(cache / RECEIPT.format(1), change)
+
+
 def kmers_missing(cache: Path, _: Path) -> None:
     (cache / "data.zarr/train/kmer_id/c/1/0").unlink()
 
@@ -411,7 +419,14 @@ def test_sample_hashes_some_large_objects_and_always_the_same(cache: Path) -> No
 
 @pytest.mark.parametrize(
     "damage",
-    [receipt_foreign, receipt_of_another_part, receipt_spoilt_base64, of_another_cache, older],
+    [
+        receipt_foreign,
+        receipt_of_another_part,
+        receipt_spoilt_base64,
+        receipt_with_a_fifth_byte,
+        of_another_cache,
+        older,
+    ],
     ids=lambda damage: damage.__name__,
 )
 def test_an_unsealed_cache_notices_too(
