@@ -82,7 +82,9 @@ def traced(step: Callable[[str, Path], None]) -> Iterator[None]:
     def watch(name: str, real: Any) -> Any:
         def watched(target: Any, *rest: Any, **options: Any) -> Any:
             path = Path(f"/proc/self/fd/{target}").readlink() if name == "fsync" else Path(target)
-            step(name, Path(rest[0]) if name == "replace" else path)
+            # zarr-python writes from threads of its own, in any order, what is synced afterwards.
+            if name == "fsync" or ".work/plan/data.zarr/" not in path.as_posix():
+                step(name, Path(rest[0]) if name == "replace" else path)
             return real(target, *rest, **options)
 
         return watched
@@ -275,7 +277,7 @@ def test_a_plan_killed_at_any_step_is_no_cache_and_made_again_the_same(
     planned: Path, tmp_path: Path
 ) -> None:
     expected, stops = files(planned), 0
-    # Every 60th of some 270 steps, most of them of small files, and all of the publishing.
+    # Some of the steps, most of them syncs of small files, and all of the publishing.
     with trace() as events:
         build_cache(tmp_path / "counted", **SHAPE, parts=0)
     published = [
@@ -284,7 +286,7 @@ def test_a_plan_killed_at_any_step_is_no_cache_and_made_again_the_same(
         if name == "replace" and path.parent == tmp_path / "counted"
     ]
     assert len(published) == 3
-    steps = sorted({*range(0, len(events), 60), *range(published[0], published[-1] + 3)})
+    steps = sorted({*range(0, len(events), 40), *range(published[0], published[-1] + 3)})
     for step in steps:
         folder = tmp_path / f"killed-{step}"
 
