@@ -88,7 +88,9 @@ def save(folder: Path, state: State, *, run: str) -> Path:
         raise
     _discard(final)  # there is one only if it could not be read and the run fell back behind it
     publish(aside, final)
-    for old in checkpoints(folder)[KEPT:]:
+    # Later ones could not be read, or the run would not stand here: they do not count.
+    sound = [path for path in checkpoints(folder) if _step(path) <= state.step]
+    for old in sound[KEPT:]:
         _discard(old)
     return final
 

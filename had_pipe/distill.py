@@ -16,9 +16,8 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
@@ -47,10 +46,9 @@ from had_pipe.recipe import Recipe, Train
 from had_pipe.stream import ORDER_VERSION, Batch, Stream, first_windows, require_alike
 from had_pipe.students import (
     HADConfig,
-    HADForMaskedLM,
     HADModel,
-    HADTokenizer,
     kernel,
+    save_student,
     spell,
 )
 
@@ -106,6 +104,9 @@ def distill(
             "extract with store = 'visible' or 'all'"
         )
     out = recipe.train.out
+    above = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not above.is_dir():
+        raise RecipeError(f"[train] out = {out}: {above} is not a folder; use another [train] out")
     make_folder(out)
     with (
         held(out, lock=".lock", doing="training this run"),
@@ -485,8 +486,8 @@ class _Run:
             for batch in self._pass(
                 caches, split, windows, batch=many, what="measuring the floors"
             ):
-                yield batch.kmer_id, batch.mask, self._visible_target(batch)
                 self._signals.stop("before the first step")
+                yield batch.kmer_id, batch.mask, self._visible_target(batch)
 
         floors = Floors.learn(
             seen(self.caches, "train", FLOOR_WINDOWS), channels=channels, device=self._device
@@ -495,6 +496,7 @@ class _Run:
             seen(held_out, config.validation_split, config.validation_windows),
             unit_D=self.objective.unit_D,
         )
+        self._signals.stop("before the first step")
         metrics.write("floors", **measured)
 
     # The end
@@ -506,14 +508,7 @@ class _Run:
             if aside.exists():
                 shutil.rmtree(aside)
             aside.mkdir()
-            decoder = self.objective.decoder
-            model = HADForMaskedLM.of(self.student, decoder) if decoder else self.student
-            nn.Module.eval(model)
-            with redirect_stderr(StringIO()):  # transformers draws a progress bar of its own
-                model.save_pretrained(aside)
-            HADTokenizer().save_pretrained(aside)
-            # The weights come out readable by their owner alone; a student is there to be shared.
-            (aside / "model.safetensors").chmod((aside / "config.json").stat().st_mode)
+            save_student(self.student, self.objective.decoder, aside)
             (aside / "README.md").write_text(self._card(), encoding="utf-8")
         sync_tree(aside)
         publish(aside, self.out / run.STUDENT)

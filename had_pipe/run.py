@@ -17,8 +17,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from had_pipe.durable import storage, write_file
 from had_pipe.errors import InputError, NonFiniteError, RunMismatch
@@ -105,7 +106,8 @@ class Metrics:
 
     def __enter__(self) -> Metrics:
         with storage(self._path):
-            self._file: BinaryIO = self._path.open("ab")
+            # Without a buffer: closing one that a full disk did not take would fail once more.
+            self._file: FileIO = self._path.open("ab", buffering=0)
             found = self._file.tell()
             if found < self._nbytes:
                 self._file.close()
@@ -127,15 +129,14 @@ class Metrics:
                     f"{self._path.parent}: {kind}: {name} is {value}, not a number: "
                     "lower [train] lr or clip, and use another [train] out"
                 )
-        line = json.dumps({"kind": kind, **values}) + "\n"
+        line = (json.dumps({"kind": kind, **values}) + "\n").encode()
         with storage(self._path):
-            self._file.write(line.encode())
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
 
     def sync(self) -> int:
         """Make what was written durable; how many bytes that is."""
         with storage(self._path):
-            self._file.flush()
             os.fsync(self._file.fileno())
             return self._file.seek(0, os.SEEK_END)
 

@@ -94,6 +94,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     assert_equal(checkpoint.load(tmp_path, run=RUN), a_state(2))
 
 
+def test_one_that_cannot_be_read_does_not_push_out_one_that_can(tmp_path: Path) -> None:
+    for step in (1, 9):
+        newest = checkpoint.save(tmp_path, a_state(step), run=RUN)
+    (newest / "state.json").unlink()
+    for step in (3, 4):
+        checkpoint.save(tmp_path, a_state(step), run=RUN)
+    assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path)] == ["9", "4", "3"]
+    flip(tmp_path / "step-00000004" / "state.json", 0)
+    assert_equal(checkpoint.load(tmp_path, run=RUN), a_state(3))
+
+
 def test_every_byte_of_a_checkpoint_counts(tmp_path: Path) -> None:
     folder = checkpoint.save(tmp_path, a_state(3, numbers=2), run=RUN)
     for path in sorted(folder.iterdir()):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from had_pipe.errors import (
     NonFiniteError,
     RecipeError,
     RunMismatch,
+    StorageError,
 )
 from had_pipe.objectives import HADObjective
 from had_pipe.progress import Progress
@@ -166,6 +169,96 @@ def test_a_signal_saves_and_says_how_to_go_on(
     distill(a_recipe(cache, tmp_path / "run"), report=told.append)
     assert {progress.begun for progress in told if progress.what == "training"} == {7}
     assert_same_run(tmp_path / "run", straight)
+
+
+def test_a_second_signal_is_obeyed_at_once_and_costs_only_what_was_not_saved(
+    tmp_path: Path, cache: Path, straight: DistillSummary
+) -> None:
+    def report(progress: Progress) -> None:
+        if progress.what == "training" and progress.done == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(a_recipe(cache, tmp_path / "run"), report=report)
+    assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step-00000010"
+    distill(a_recipe(cache, tmp_path / "run"))
+    assert_same_run(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("pass_", [1, 2], ids=["learnt", "measured"])
+def test_a_signal_before_the_first_step_stops_there(
+    tmp_path: Path, cache: Path, pass_: int
+) -> None:
+    ended = 0
+
+    def report(progress: Progress) -> None:
+        nonlocal ended
+        assert progress.what == "measuring the floors"
+        ended += progress.done == progress.total
+        if ended == pass_:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM before the first step"):
+        distill(a_recipe(cache, tmp_path / "run"), report=report)
+    assert not read_metrics(tmp_path / "run")
+
+
+# Forks, so that torch is loaded once: a child for each rename that a whole run makes, killed there.
+KILLED_AT_EVERY_RENAME = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from had_pipe.distill import distill
+from had_pipe.recipe import Recipe
+
+def recipe(out):
+    return Recipe.model_validate({**told, "train": {**told["train"], "out": str(out)}})
+
+def in_a_child(out, kill_at):
+    if (child := os.fork()) == 0:
+        renames = 0
+        def count(event, _):
+            nonlocal renames
+            if event == "os.rename":
+                renames += 1
+                if renames == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(count)
+        done = distill(recipe(out))
+        os._exit(10 + done.already_done)
+    return os.waitpid(child, 0)[1]
+
+told = json.load(sys.stdin)
+folder = Path(told["train"]["out"])
+kills = 0
+while os.WIFSIGNALED(in_a_child(folder / str(kills + 1), kills + 1)):
+    kills += 1
+    for expected in (10, 11):
+        status = in_a_child(folder / str(kills), 0)
+        assert os.waitstatus_to_exitcode(status) == expected, (kills, status)
+print(kills)
+"""
+
+
+def test_killed_at_any_rename_a_run_goes_on_to_the_same_end(tmp_path: Path, cache: Path) -> None:
+    settings = {"steps": 3, "warmup": 1, "checkpoint_every": 1, "validate_every": 2}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_EVERY_RENAME],
+        input=a_recipe(cache, tmp_path, **settings).model_dump_json(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # The record, three checkpoints of which one is dropped again, and the student.
+    kills = int(done.stdout)
+    assert kills >= 6
+    whole = tmp_path / str(kills + 1)
+    for kill in range(1, kills + 1):
+        assert state_of(tmp_path / str(kill)) == state_of(whole), kill
+        assert untimed(tmp_path / str(kill)) == untimed(whole), kill
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
@@ -477,8 +570,11 @@ def test_a_folder_with_files_of_something_else_is_refused(tmp_path: Path, cache:
         distill(a_recipe(cache, tmp_path))
 
 
-def test_a_record_that_is_none_is_refused(tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "run.json").write_text("{}")
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "{", '{"format": "had-run/1", "order": 1, "recipe": []}', "\xff"]
+)
+def test_a_record_that_is_none_is_refused(tmp_path: Path, cache: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text, "latin-1")
     with pytest.raises(RunMismatch, match="is not the record of a run"):
         distill(a_recipe(cache, tmp_path))
 
@@ -489,6 +585,67 @@ def test_lost_metrics_are_told(tmp_path: Path, cache: Path, straight: DistillSum
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match=r"0 bytes, but .* lines were lost"):
         distill(a_recipe(cache, tmp_path / "run"))
+
+
+def test_metrics_lost_after_the_end_are_told(
+    tmp_path: Path, cache: Path, straight: DistillSummary
+) -> None:
+    shutil.copytree(straight.run, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match="tells of no step, though training is done"):
+        distill(a_recipe(cache, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("below", ["", "deeper/run"])
+def test_a_run_where_a_file_is_in_the_way_is_refused(
+    tmp_path: Path, cache: Path, below: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match=r"\[train\] out = .*: .*file is not a folder"):
+        distill(a_recipe(cache, tmp_path / "file" / below))
+
+
+@pytest.fixture
+def fill_disk() -> Iterator[Callable[[int], None]]:
+    """From its call to the test's end, no file grows over so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("at", "nbytes", "where"),
+    [
+        pytest.param(5, 1_500, "metrics.jsonl", id="a-line-of-metrics"),
+        pytest.param(9, 20_000, "checkpoints/.step-00000010.tmp", id="a-checkpoint"),
+        pytest.param(0, 20_000, "", id="the-student"),
+    ],
+)
+def test_a_full_disk_is_told_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path,
+    cache: Path,
+    straight: DistillSummary,
+    fill_disk: Callable[[int], None],
+    at: int,
+    nbytes: int,
+    where: str,
+) -> None:
+    def report(progress: Progress) -> None:
+        if progress.what == "training" and progress.done == at:
+            fill_disk(nbytes)
+
+    if at == 0:  # trained, but not published
+        shutil.copytree(straight.run, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "student")
+        fill_disk(nbytes)
+    recipe = a_recipe(cache, tmp_path / "run")
+    with pytest.raises(StorageError, match="the file is larger than allowed here") as full:
+        distill(recipe, report=report)
+    assert str(tmp_path / "run" / where) in str(full.value)
+    assert not (tmp_path / "run" / "student").exists()
+    fill_disk(resource.RLIM_INFINITY)
+    distill(recipe)
+    assert_same_run(tmp_path / "run", straight)
 
 
 def test_two_trainings_of_one_run_do_not_meet(tmp_path: Path, cache: Path) -> None:

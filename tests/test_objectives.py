@@ -225,3 +225,10 @@ def test_forty_steps_on_one_batch_learn_it() -> None:
     assert float(last.reconstruct) < 0.9 * float(first.reconstruct)
     assert float(last.align) < 0.85 * float(first.align)
     assert float(last.cosine) > float(first.cosine) + 0.2
+
+
+def test_an_error_of_one_is_a_channels_deviation_or_one_where_it_never_varies() -> None:
+    std_D = torch.tensor([0.0, 2.0] * (D // 2))
+    normalised = an_objective(target="normalised", mean_D=torch.zeros(D), std_D=std_D)
+    assert normalised.unit_D.tolist() == [1.0, 2.0] * (D // 2)
+    assert an_objective().unit_D.tolist() == [1.0] * D

@@ -1,7 +1,7 @@
 """Students: small models, a feature a base; importing this tells transformers' Auto classes."""
 
 from had_pipe.students.delta_rule import Kernel, gated_delta_rule, kernel
-from had_pipe.students.had import HADConfig, HADForMaskedLM, HADModel
+from had_pipe.students.had import HADConfig, HADForMaskedLM, HADModel, save_student
 from had_pipe.students.tokenizer import HADTokenizer, spell
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "Kernel",
     "gated_delta_rule",
     "kernel",
+    "save_student",
     "spell",
 ]

@@ -10,10 +10,16 @@ B windows, S bases, T = S / 6 k-mers, E width, F channels of a projection, Q que
 from __future__ import annotations
 
 import math
+import os
+import re
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -320,6 +326,27 @@ class HADForMaskedLM(HADPreTrainedModel):
         if return_dict is False:
             return (logits_BSF,) if loss is None else (loss, logits_BSF)
         return MaskedLMOutput(loss=loss, logits=logits_BSF)
+
+
+def save_student(student: HADModel, decoder: BaseDecoder | None, folder: Path) -> None:
+    """Weights, configuration and tokenizer, as transformers reads them.
+
+    The decoder is kept with the student where there is one. Raises OSError where the disk fails.
+    """
+    model = HADForMaskedLM.of(student, decoder) if decoder else student
+    nn.Module.eval(model)
+    try:
+        with redirect_stderr(StringIO()):  # transformers draws a progress bar of its own
+            model.save_pretrained(folder)
+    except SafetensorError as error:
+        # It tells a full disk in an exception of its own.
+        told = re.search(r"os error (\d+)", str(error))
+        if told is None:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(folder)) from error
+    HADTokenizer().save_pretrained(folder)
+    # The weights come out readable by their owner alone; a student is there to be shared.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 AutoConfig.register("had", HADConfig, exist_ok=True)
