@@ -209,6 +209,21 @@ def test_any_number_of_ranks_reads_the_same_global_batches(tmp_path: Path, ranks
     ]
 
 
+def test_a_batch_may_hold_more_windows_than_there_are(tmp_path: Path) -> None:
+    caches = [
+        open_cache(tmp_path / "a", windows=5, part=32),
+        open_cache(tmp_path / "b", windows=1, part=1, seed=4),
+    ]
+    seen: Counter[tuple[int, int, int]] = Counter()
+    with Stream(caches, batch=14, seed=0) as stream:
+        for batch in islice(stream, 9):
+            assert len(batch.kmer_id) == len(batch.target) == 14
+            for span in batch.spans:
+                seen.update((span.epoch, span.cache, row) for row in span.row.tolist())
+    every = [(0, row) for row in range(5)] + [(1, 0)]
+    assert seen == Counter((epoch, *window) for epoch in range(21) for window in every)
+
+
 def test_a_stream_goes_on_at_any_batch(tmp_path: Path) -> None:
     cache = open_cache(tmp_path / "a", windows=50, part=16)
     with Stream([cache], batch=12, seed=5) as stream:
