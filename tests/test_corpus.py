@@ -188,6 +188,18 @@ def test_equal_recipes_give_equal_order_and_another_seed_another(made: Made) -> 
     assert (np.sort(other["train"].table.index) == np.sort(made.splits["train"].table.index)).all()
 
 
+def test_windows_taken_in_small_lots_give_the_same(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "_WINDOWS_AT_ONCE", 7)
+    for split, data in lay_out(made.genomes, made.windows).items():
+        whole = made.splits[split]
+        assert (data.kmer_id == whole.kmer_id).all()
+        for view in whole.mask:
+            assert (data.mask[view] == whole.mask[view]).all()
+            assert (data.reversed[view] == whole.reversed[view]).all()
+
+
 def test_another_number_of_views_leaves_the_first_ones_alone(made: Made) -> None:
     fewer = lay_out(made.genomes, made.windows.model_copy(update={"views": 2}))["train"]
     for view in (0, 1):

@@ -40,7 +40,7 @@ from had_pipe.errors import (
     StorageError,
 )
 from had_pipe.extract import ExtractSummary, extract, survey
-from had_pipe.progress import Progress
+from had_pipe.progress import Progress, silent
 from had_pipe.recipe import Recipe
 
 BASES, KMERS, PART = 60, 10, 20
@@ -480,29 +480,65 @@ def test_windows_longer_than_the_context_are_refused_before_anything_is_made(
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("parts_before", "slow_disk"),
+    [
+        pytest.param(3, False, id="with batches still to come"),
+        pytest.param(3, True, id="while the teacher waits for room in the queue"),
+        pytest.param(-1, False, id="in the last part, when no batch comes after it"),
+    ],
+)
 def test_a_disk_that_fails_in_the_writers_thread_stops_the_run_and_it_continues(
-    genome: Path, whole: Path, tmp_path: Path
+    genome: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parts_before: int,
+    slow_disk: bool,
 ) -> None:
     path = tmp_path / "cache"
-    made_before = 3
+    plan = Cache.open(whole).plan
+    sound = list(plan.parts())[:parts_before]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sync = os.fsync
+
+    def break_disk() -> None:
+        # The system itself refuses to write more than 100 bytes into a file.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+
+    syncs = itertools.count()
+
+    def slow(descriptor: int) -> None:
+        sync(descriptor)
+        # The first is that of the receipt's folder, the next in the middle of the next part.
+        if (path / sound[-1].receipt_key).exists() and next(syncs) == 1:
+            time.sleep(0.3)  # the queue is full by now
+            break_disk()
 
     def limit(progress: Progress) -> None:
-        # The system itself refuses to write more than 1,000 bytes into a file.
-        if progress.what == "extracting" and progress.done > made_before * PART:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+        if progress.what == "extracting" and progress.done >= sum(map(plan.part_windows, sound)):
+            while not (path / sound[-1].receipt_key).exists():
+                time.sleep(0.001)
+            break_disk()
 
+    if slow_disk:
+        monkeypatch.setattr(os, "fsync", slow)
     try:
         with pytest.raises(StorageError) as told:
-            extract(a_recipe(genome, path), teacher=NumpyTeacher(seconds=0.01), report=limit)
+            extract(
+                a_recipe(genome, path),
+                teacher=NumpyTeacher(),
+                report=silent if slow_disk else limit,
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "larger than allowed" in str(told.value)
     assert "run the same command again" in str(told.value)
     assert not list((path / ".work").glob("*.tmp"))
     assert integrity.verify(path).problems == ()
-    left = integrity.missing_parts(path, Cache.open(path, incomplete=True).plan)
-    assert made_before - 1 <= sum(1 for _ in Cache.open(whole).plan.parts()) - len(left)
+    left = integrity.missing_parts(path, plan)
+    assert left == list(plan.parts())[parts_before:]
+    monkeypatch.undo()
     assert make(genome, path).parts_made == len(left) > 0
     assert_same_bytes(path, whole)
 
@@ -730,6 +766,16 @@ def test_a_kill_between_sealing_and_tidying_up_leaves_nothing_behind(
     (path / ".work" / "owner").write_text("process 1 on elsewhere")
     assert make(genome, path).parts_made == 0
     assert_same_bytes(path, whole)
+
+
+def test_what_a_killed_process_left_half_written_is_removed_at_the_next_start(
+    genome: Path, whole: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "cache"
+    unfinished(genome, path, whole)
+    (path / ".work" / "train-0-00001.embedding-value.77.tmp").write_bytes(b"half")
+    unfinished(genome, path, whole)
+    assert not list((path / ".work").glob("*.tmp"))
 
 
 # Side by side
