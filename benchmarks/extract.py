@@ -176,7 +176,7 @@ def steps(cache: Cache, teacher: Teacher, folder: Path, *, batch: int) -> dict[s
             emb = stage._embed(teacher, seen, batch)
             _wait(emb)
             clock("teacher")
-            assert stage._not_finite(emb) is None
+            assert stage.not_finite(emb) is None
             clock("finite")
             if mean is None:
                 mean, std = stage._like(cache.mean, emb), stage._like(cache.std, emb)

@@ -30,7 +30,7 @@ from had_pipe.progress import Progress, Reporter
 
 if TYPE_CHECKING:
     from had_pipe.cache import Cache
-    from had_pipe.extract import Survey
+    from had_pipe.survey import Survey
 
 # Threads that wait must sleep: on a busy machine OpenMP's spinning costs ten times the work itself.
 # Read when torch is loaded, so set before.
@@ -342,7 +342,7 @@ def plan(
     from had_pipe.recipe import read_recipe
 
     asked = read_recipe(recipe)
-    from had_pipe.extract import survey
+    from had_pipe.survey import survey
 
     with _reporter() as report:
         found = survey(asked, device=device.value, offline=offline, report=report)

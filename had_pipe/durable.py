@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,13 @@ def storage(path: Path) -> Iterator[None]:
             f"{path}: {_STORAGE[error.errno]}. Everything committed so far is intact; "
             "mend that, then run the same command again"
         ) from error
+
+
+def free_nbytes(path: Path) -> int:
+    """Bytes free where a path is, or would be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def sync_folder(folder: Path) -> None:

@@ -39,9 +39,10 @@ from had_pipe.errors import (
     RecipeError,
     StorageError,
 )
-from had_pipe.extract import ExtractSummary, extract, survey
+from had_pipe.extract import ExtractSummary, extract
 from had_pipe.progress import Progress, silent
 from had_pipe.recipe import Recipe
+from had_pipe.survey import survey
 
 BASES, KMERS, PART = 60, 10, 20
 FEW = {"valid": ["held_out"]}
@@ -837,8 +838,8 @@ def survey_state(recipe: Recipe) -> str:
 
 def told_of(recipe: Recipe, teacher: NumpyTeacher) -> Any:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("had_pipe.extract._PROBE_SECONDS", 0.05)
-        patched.setattr("had_pipe.extract.load_teacher", lambda *_, **__: teacher)
+        patched.setattr("had_pipe.survey._PROBE_SECONDS", 0.05)
+        patched.setattr("had_pipe.job.load_teacher", lambda *_, **__: teacher)
         return survey(recipe)
 
 

@@ -32,16 +32,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"errors", "durable"},
     "card": {"cache", "run"},
     "report": {"durable", "run"},
+    "job": {"errors", "dna", "recipe", "cache", "corpus", "teachers"},
     "extract": {
-        *{"errors", "progress", "draws", "durable", "dna", "recipe", "cache"},
-        *{"corpus", "teachers", "hold"},
+        *{"errors", "progress", "durable", "hold", "dna", "recipe", "cache"},
+        *{"corpus", "teachers", "job"},
+    },
+    "survey": {
+        *{"errors", "progress", "durable", "dna", "recipe", "cache"},
+        *{"corpus", "teachers", "job", "extract"},
     },
     "distill": {
         *{"errors", "progress", "draws", "durable", "dna", "recipe", "cache"},
         *{"students", "objectives", "stream", "checkpoint", "floors", "hold", "run", "card"},
     },
     "cli": {
-        *{"errors", "progress", "recipe", "cache", "extract", "distill", "run", "report"},
+        *{"errors", "progress", "recipe", "cache"},
+        *{"survey", "extract", "distill", "run", "report"},
         "students",  # doctor says which kernel runs
     },
 }

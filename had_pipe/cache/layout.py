@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,6 +145,14 @@ class Plan(_Document):
     def part_count(self) -> int:
         """How many parts there are, without walking through them: a stranger's plan may be huge."""
         return sum(-(-s.windows // self.part) * len(s.views) for s in self.splits.values())
+
+    def shards_nbytes(self, parts: Iterable[Part]) -> int:
+        """Bytes of the shards of some parts."""
+        return sum(
+            shard_nbytes(signal, windows=self.part_windows(part), part=self.part)
+            for part in parts
+            for signal in self.signals
+        )
 
     @property
     def signals(self) -> tuple[Signal, ...]:
