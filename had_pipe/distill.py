@@ -43,7 +43,14 @@ from had_pipe.hold import held
 from had_pipe.objectives import HADObjective, Losses
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe, Train
-from had_pipe.stream import ORDER_VERSION, Batch, Stream, first_windows, require_alike
+from had_pipe.stream import (
+    ORDER_VERSION,
+    Batch,
+    Stream,
+    first_windows,
+    require_alike,
+    require_split,
+)
 from had_pipe.students import (
     HADConfig,
     HADModel,
@@ -98,6 +105,8 @@ def distill(
     torch_device = _device(device)
     opened = [Cache.open(path) for path in (caches or [recipe.cache.path])]
     require_alike(opened, space=recipe.objective.target)
+    for cache in opened:
+        require_split(cache, "train")
     if opened[0].plan.windows.store == "masked":
         raise CacheMismatch(
             f"{opened[0].path}: windows.store = 'masked', but alignment needs the visible groups; "

@@ -338,6 +338,15 @@ class Recipe(Section):
                 raise ValueError(f"two [[genome]] tables are named {name!r}")
         return genomes
 
+    @model_validator(mode="after")
+    def _decoder_divides(self) -> Self:
+        heads, width = self.objective.decoder_heads, self.student.hidden_size
+        if self.objective.reconstruct and width % heads:
+            raise ValueError(
+                f"[objective] decoder_heads = {heads}: must divide [student] hidden_size = {width}"
+            )
+        return self
+
 
 def read_recipe(path: Path) -> Recipe:
     """Read and check one recipe. Raises RecipeError with every fault found, one a line."""

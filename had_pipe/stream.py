@@ -186,7 +186,7 @@ class Stream:
             )
         require_alike(caches, space=space)
         for cache in caches:
-            _require_split(cache, split)
+            require_split(cache, split)
         self._split = split
         self._batch, self._share, self._rank = batch, batch // ranks, rank
         self._views = [cache.views(split) for cache in caches]
@@ -273,7 +273,7 @@ def first_windows(
     """
     require_alike(caches, space=space)
     for cache in caches:
-        _require_split(cache, split)
+        require_split(cache, split)
     views = [cache.views(split)[0] for cache in caches]
     counts = [cache.rows(split) for cache in caches]
     total = sum(counts)
@@ -340,7 +340,8 @@ def _meaning(cache: Cache, space: Space) -> dict[str, object]:
     return meaning
 
 
-def _require_split(cache: Cache, split: str) -> None:
+def require_split(cache: Cache, split: str) -> None:
+    """Refuse a cache without windows in a split: CacheMismatch names those it has."""
     splits = cache.plan.splits
     if split not in splits or splits[split].windows == 0:
         have = ", ".join(f"{name} ({splits[name].windows} windows)" for name in splits)

@@ -695,6 +695,13 @@ def test_a_window_that_is_not_finite_is_named(tmp_path: Path, valid: int) -> Non
     )
 
 
+def test_a_cache_without_training_windows_is_refused_before_a_run_is_begun(tmp_path: Path) -> None:
+    held_out = build_cache(tmp_path / "cache", windows=0, valid=32)
+    with pytest.raises(CacheMismatch, match="no window in split 'train'; it has valid"):
+        distill(a_recipe(held_out, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unfinished_cache_is_refused(tmp_path: Path, cache: Path) -> None:
     shutil.copytree(cache, tmp_path / "cache")
     (tmp_path / "cache" / "manifest.json").unlink()

@@ -232,6 +232,11 @@ REFUSED = [
     ),
     (
         "batch = 16",
+        "batch = 16\n[objective]\ndecoder_heads = 5",
+        "[objective] decoder_heads = 5: must divide [student] hidden_size = 128",
+    ),
+    (
+        "batch = 16",
         "batch = 16\n[objective]\nalign = 0\nreconstruct = 0.0",
         "[objective] align and reconstruct are both 0: nothing would be learnt",
     ),
