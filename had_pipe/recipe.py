@@ -142,7 +142,7 @@ class Genome(Section):
     digest: str | None = None
     """GA4GH sequence-collection digest; checked when given."""
     splits: Annotated[Splits, PlainValidator(_splits)] | None = None
-    """Contigs by split, a 4-column BED, or seeded blocks; what is left is `train`."""
+    """Contigs by split, a 4-column BED, or seeded blocks; see below."""
     include: RecipePath | None = None
     """BED: only windows inside these regions."""
     exclude: RecipePath | None = None
