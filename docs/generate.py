@@ -94,13 +94,13 @@ def _more(name: str) -> list[str]:
     if name != "genome":
         return []
     return [
-        "`splits` takes one of three forms; without it, everything is `train`:",
+        "`splits` takes one of three forms:",
         "",
         '* `{ valid = ["chr8"], test = ["chr20"] }`: whole contigs; the others are `train`;',
-        '* `"splits.bed"`: a BED file of four columns, contig, start, end, split, headed or not. Its',
-        "  fourth column names `train` too: bases in none of its regions are left out;",
+        '* `"splits.bed"`: a BED file of four columns, contig, start, end, split, headed or not.',
+        "  Its last column names `train` too: bases in none of its regions are left out;",
         "* `{ blocks = 50_000, valid = 0.1 }`: blocks of so many bases, drawn by `[windows] seed`,",
-        "  for a genome of few contigs; the other blocks are `train`. No window lies in two splits.",
+        "  for a genome of few contigs; other blocks are `train`. No window lies in two splits.",
         "",
     ]
 

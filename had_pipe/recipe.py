@@ -142,7 +142,7 @@ class Genome(Section):
     digest: str | None = None
     """GA4GH sequence-collection digest; checked when given."""
     splits: Annotated[Splits, PlainValidator(_splits)] | None = None
-    """Contigs by split, a 4-column BED, or seeded blocks; see below."""
+    """Contigs by split, a 4-column BED, or seeded blocks; without it all is `train`."""
     include: RecipePath | None = None
     """BED: only windows inside these regions."""
     exclude: RecipePath | None = None
