@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from had_pipe import corpus
-from had_pipe.cache import Plan, integrity, layout
+from had_pipe.cache import Plan, Statistics, integrity, layout
 from had_pipe.cache.reader import expected_keys
 from had_pipe.dna.kmers import K
 from had_pipe.dna.windows import REST
@@ -78,13 +78,14 @@ def survey(
 ) -> Survey:
     """What extraction would make and cost; writes nothing.
 
-    Raises RecipeError, InputError, NetworkError.
+    Raises RecipeError, InputError, NetworkError, CacheError.
     """
     asked = Job.of(recipe)
     references = [corpus.read_reference(genome, report=report) for genome in asked.genomes]
     coverage = corpus.survey_windows(references, asked.windows)
     teacher = asked.load(device, offline)
     check_teacher(teacher, asked.windows)
+    given = given_statistics(asked, teacher)
     plans = {
         codec: _outline(asked, references, coverage, teacher, codec) for codec in ("int8", "exact")
     }
@@ -95,7 +96,7 @@ def survey(
     rate = _probe(teacher, asked.windows, batch, windows)
     return Survey(
         cache=asked.cache.path,
-        state=_state(asked, references, teacher),
+        state=_state(asked, references, teacher, given),
         teacher=described_teacher(teacher, asked.teacher),
         genomes=[reference.described for reference in references],
         windows=coverage.windows,
@@ -170,14 +171,17 @@ def _probe(teacher: Teacher, windows: Windows, batch: int, available: int) -> fl
     return done / max(spent, 1e-9)
 
 
-def _state(asked: Job, references: Sequence[corpus.Reference], teacher: Teacher) -> str:
+def _state(
+    asked: Job,
+    references: Sequence[corpus.Reference],
+    teacher: Teacher,
+    given: Statistics | None,
+) -> str:
     path = asked.cache.path
     if not (path / layout.PLAN).exists():
         return "new"
     try:
-        plan = check_same(
-            path, describe(asked, references, teacher), given_statistics(asked, teacher)
-        )
+        plan = check_same(path, describe(asked, references, teacher), given)
     except CacheMismatch:
         return "another recipe's: extract-teacher refuses it"
     if (path / layout.MANIFEST).exists():

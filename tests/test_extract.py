@@ -897,6 +897,15 @@ def test_what_a_person_should_know_is_noted(genome: Path, tmp_path: Path) -> Non
     assert not told_of(a_recipe(genome, tmp_path / "cache"), NumpyTeacher()).notes
 
 
+def test_statistics_of_another_teacher_are_refused_beforehand_too(
+    genome: Path, whole: Path, tmp_path: Path
+) -> None:
+    recipe = a_recipe(genome, tmp_path / "cache", cache={"statistics": str(whole)})
+    assert told_of(recipe, NumpyTeacher()).state == "new"
+    with pytest.raises(CacheMismatch, match=r"layer: there -1, here 3"):
+        told_of(recipe, NumpyTeacher(layer=3))
+
+
 def test_a_recipe_for_training_alone_cannot_extract(tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"cache": {"path": str(tmp_path / "cache")}})
     with pytest.raises(RecipeError, match=r"no \[teacher\] table"):
