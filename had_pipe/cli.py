@@ -25,7 +25,14 @@ from rich.console import Console
 from rich.text import Text
 
 from had_pipe import __version__
-from had_pipe.errors import CacheCorrupt, HadPipeError, Interrupted, RecipeError, StorageError
+from had_pipe.errors import (
+    CacheCorrupt,
+    CacheIncomplete,
+    HadPipeError,
+    Interrupted,
+    RecipeError,
+    StorageError,
+)
 from had_pipe.progress import Progress, Reporter
 
 if TYPE_CHECKING:
@@ -693,6 +700,12 @@ def verify(
         )
     if found.problems:
         raise CacheCorrupt(f"{path}: {count(len(found.problems), 'problem')} found")
+    if not found.sealed:
+        # A copy whose manifest did not arrive looks the same, and must not pass for a whole cache.
+        raise CacheIncomplete(
+            f"{path}: nothing is damaged so far, but there is no manifest: run the same "
+            "extract-teacher command again to finish it, or copy the cache again"
+        )
 
 
 _PACKAGES = ("torch", "transformers", "safetensors", "zarr", "numpy", "pydantic")

@@ -93,7 +93,7 @@ def extract(
             with _held(path):
                 integrity.clear_work(path)
         return _summary(path, made=0, windows=0, seconds=0.0)
-    _check_free_for_us(path)
+    check_free_for_us(path)
     with _held(path):
         writer.clear_temporaries(path)
         if (path / layout.PLAN).exists():
@@ -391,7 +391,7 @@ def _held(path: Path) -> AbstractContextManager[None]:
     return held(path, lock=f"{layout.WORK}/lock", doing="extracting into this cache")
 
 
-def _check_free_for_us(path: Path) -> None:
+def check_free_for_us(path: Path) -> None:
     """A folder that holds something else is not made into a cache."""
     above = next(folder for folder in (path, *path.parents) if folder.exists())
     if not above.is_dir():

@@ -18,7 +18,7 @@ from had_pipe.dna.kmers import K
 from had_pipe.dna.windows import REST
 from had_pipe.durable import free_nbytes
 from had_pipe.errors import CacheMismatch
-from had_pipe.extract import not_finite
+from had_pipe.extract import check_free_for_us, not_finite
 from had_pipe.job import (
     Job,
     batch_windows,
@@ -81,6 +81,7 @@ def survey(
     Raises RecipeError, InputError, NetworkError, CacheError.
     """
     asked = Job.of(recipe)
+    check_free_for_us(asked.cache.path)
     references = [corpus.read_reference(genome, report=report) for genome in asked.genomes]
     coverage = corpus.survey_windows(references, asked.windows)
     teacher = asked.load(device, offline)
@@ -119,7 +120,7 @@ def survey(
         batch=batch,
         seconds=windows / rate,
         licence=asked.cache.licence or teacher.licence,
-        notes=_notes(asked, teacher),
+        notes=_notes(asked, teacher, needed=_array_nbytes(plan)),
     )
 
 
@@ -190,8 +191,14 @@ def _state(
     return f"begun: {total - len(integrity.missing_parts(path, plan)):,} of {total:,} parts"
 
 
-def _notes(asked: Job, teacher: Teacher) -> list[str]:
+def _notes(asked: Job, teacher: Teacher, *, needed: int) -> list[str]:
     notes = []
+    free = free_nbytes(asked.cache.path)
+    if needed > free:
+        notes.append(
+            f"too little room: {needed / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free; "
+            "extract-teacher refuses to begin"
+        )
     licence = asked.cache.licence or teacher.licence
     if "NC" in licence.split("-"):
         notes.append(

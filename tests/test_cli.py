@@ -185,6 +185,15 @@ def test_inspect_says_what_a_cache_is(cache: Path) -> None:
         assert shown in result.stdout, shown
 
 
+def test_a_copy_whose_manifest_did_not_arrive_does_not_pass_verification(tmp_path: Path) -> None:
+    path = build_cache(tmp_path / "copy", windows=64, part=32)
+    assert had_pipe("cache", "verify", path).exit_code == 0
+    (path / "manifest.json").unlink()
+    result = had_pipe("cache", "verify", path)
+    assert result.exit_code == 4
+    assert "there is no manifest" in result.stderr
+
+
 def test_inspect_of_an_unfinished_cache_says_how_much_is_missing(tmp_path: Path) -> None:
     path = build_cache(tmp_path / "part", windows=64, part=32)
     (path / "manifest.json").unlink()

@@ -488,6 +488,13 @@ def endless_plan(cache: Path) -> None:
     rewrite(cache / "manifest.json", lambda manifest: manifest.update(plan=plan_id), seal=True)
 
 
+def contradiction(**said: int) -> Callable[[Path], None]:
+    def change(cache: Path) -> None:
+        rewrite(cache / "plan.json", lambda plan: plan["windows"].update(said))
+
+    return change
+
+
 def raw(name: str, text: bytes) -> Callable[[Path], None]:
     def change(cache: Path) -> None:
         (cache / name).write_bytes(text)
@@ -533,6 +540,9 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "thin manifest": (thin_manifest, r"train/0/embedding/value/c/1/0/0"),
     "manifest of another plan": (manifest_of_another_plan, r"of plan 000000000000"),
     "endless plan": (endless_plan, r"366,503,875,927 parts"),
+    "bases that are not the k-mers'": (contradiction(bases=6), r"windows: .* of 6 bases"),
+    "groups stored that are not the visible": (contradiction(stored=1), "1 groups stored"),
+    "all groups masked": (contradiction(masked=1 << 17), "131072 masked"),
     "a key twice": (
         put("plan.json", b'"codec":"int8"', b'"codec":"int8","codec":"int8"'),
         r"plan\.json: .* a key stands twice",
@@ -588,6 +598,25 @@ def test_a_plan_or_manifest_that_is_not_ours_is_refused_at_the_door(case: str, c
     assert report
     assert "SHA-256 2bb80d537b1d" not in report  # that of the word "secret"
     assert (state(cache) if before else {}) == before
+
+
+def test_an_endless_plan_of_an_unsealed_cache_is_refused(begun: Path) -> None:
+    rewrite(begun / "plan.json", lambda plan: plan["splits"]["train"].update(windows=1 << 40))
+    with pytest.raises(CacheRefused, match="parts, more than 4,194,304"):
+        Cache.open(begun, incomplete=True)
+
+
+def test_a_mask_with_another_number_of_groups_is_not_used(begun: Path) -> None:
+    plan, _ = layout.read_plan(begun)
+    part = next(part for part in plan.parts() if (begun / part.receipt_key).exists())
+    chunk = begun / f"data.zarr/{part.split}/{part.view}/mask/c/{part.number}/0"
+    mask = bytearray(chunk.read_bytes()[:-4])
+    mask[0] ^= 1
+    chunk.write_bytes(mask + crc32c.crc32c(bytes(mask)).to_bytes(4, "little"))
+    cache = Cache.open(begun, incomplete=True)
+    row = np.array([part.number * cache.plan.part])
+    with pytest.raises(CacheCorrupt, match="masked groups, as the plan says"):
+        cache.read(part.split, part.view, row, cache.allocate(1))
 
 
 def test_a_receipt_that_is_enormous_is_not_read(begun: Path) -> None:

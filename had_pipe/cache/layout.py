@@ -15,12 +15,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
+from had_pipe.dna.kmers import K
 from had_pipe.errors import CacheRefused
 
 FORMAT = "had-cache/1"
@@ -38,6 +46,8 @@ ABSENT = 2**64 - 1
 # Ceilings for JSON a stranger may have made: a receipt of 2**20 windows has about 11 MB.
 LARGEST_JSON = 1 << 26
 _LARGEST_MANIFEST = 1 << 30
+
+_MOST_PARTS = 1 << 22
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SplitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
@@ -84,6 +94,16 @@ class WindowsPlan(_Document):
     algorithm: Literal[1]
     """Order, masks and strands as docs/cache-format.md numbers them."""
 
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        """A stranger's numbers are used as they stand, so they must not contradict each other."""
+        kept = {"visible": self.kmers - self.masked, "masked": self.masked, "all": self.kmers}
+        if self.bases != K * self.kmers or not 0 < self.masked < self.kmers:
+            raise ValueError(f"{self.kmers} k-mers, {self.masked} masked, of {self.bases} bases")
+        if self.stored != kept[self.store]:
+            raise ValueError(f"{self.stored} groups stored, {self.store!r} are {kept[self.store]}")
+        return self
+
 
 class SplitPlan(_Document):
     """One split: how many windows, seen how often."""
@@ -119,6 +139,12 @@ class Plan(_Document):
     licence_reason: str | None
     statistics: Sha256
     contents: dict[str, Sha256]
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.part_count > _MOST_PARTS:
+            raise ValueError(f"{self.part_count:,} parts, more than {_MOST_PARTS:,}")
+        return self
 
     @cached_property
     def id(self) -> str:

@@ -299,6 +299,11 @@ class Cache:
         plan, receipt = self.plan, self.receipt(part)
         windows = plan.part_windows(part)
         kmer_id, mask, reverse = self.seen(part)
+        if not (mask.sum(axis=1) == plan.windows.masked).all():
+            raise CacheCorrupt(
+                f"{self.path}: part {part}: a window without exactly {plan.windows.masked} masked "
+                f"groups, as the plan says; {_remedy(self.path)}"
+            )
         shards = [
             _Shard.open(
                 self.path,
