@@ -134,7 +134,7 @@ def test_every_recipe_shown_is_read(page: Path, tmp_path: Path) -> None:
     for number, text in enumerate(re.findall(r"```toml\n(.*?)```", page.read_text("utf-8"), re.S)):
         path = tmp_path / f"{number}.toml"
         path.write_text(text, "utf-8")
-        recipe.read_recipe(path)
+        assert recipe.read_recipe(path).cache.path.is_absolute()
 
 
 def resolve(name: str) -> Any:
