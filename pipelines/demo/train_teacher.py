@@ -22,6 +22,7 @@ W windows, T k-mers, S = 6T bases, D channels, M masked k-mers.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import time
@@ -218,11 +219,11 @@ def look_at_neighbours(model: NTv2) -> None:
     score a^2 cos(w (distance - d)): summed over the faster pairs, one peak at distance d.
     """
     strength, pairs = 4.0, 5
-    d = CONFIG.head_dim
+    d = model.config.head_dim
     speed = 10_000.0 ** (-torch.arange(pairs) * 2 / d)
     with torch.no_grad():
         for layer, offsets in NEIGHBOURS.items():
-            bias = model.blocks[layer].qkv.bias.view(3, CONFIG.num_attention_heads, d)
+            bias = model.blocks[layer].qkv.bias.view(3, model.config.num_attention_heads, d)
             for head, offset in enumerate(offsets):
                 if offset is not None:
                     bias[0, head, :pairs] = strength
@@ -233,15 +234,15 @@ def look_at_neighbours(model: NTv2) -> None:
 class Trainee(nn.Module):
     """An NT-v2 whose two tables are sums of parts while it learns."""
 
-    def __init__(self, log_frequency: Tensor, *, seed: int) -> None:
+    def __init__(self, log_frequency: Tensor, *, seed: int, config: NTv2Config = CONFIG) -> None:
         super().__init__()
-        self.model = random_model(CONFIG, seed=seed, head="language").train()
+        self.model = random_model(config, seed=seed, head="language").train()
         assert self.model.head is not None
         look_at_neighbours(self.model)
-        self.inputs = SumOfParts(CONFIG.hidden_size, std=0.1, seed=seed + 1)
-        self.outputs = SumOfParts(CONFIG.hidden_size, std=0.0, seed=seed + 2)
+        self.inputs = SumOfParts(config.hidden_size, std=0.1, seed=seed + 1)
+        self.outputs = SumOfParts(config.hidden_size, std=0.0, seed=seed + 2)
         # Nothing but k-mers is ever hidden, so nothing else is ever to be expected.
-        bias = torch.full((CONFIG.vocab_size,), -20.0)
+        bias = torch.full((config.vocab_size,), -20.0)
         bias[KMER_TOKENS] = log_frequency[torch.from_numpy(KMER_OF_TOKEN)]
         self.bias = nn.Parameter(bias)
         self.model.embedding.weight.requires_grad_(False)
@@ -252,7 +253,7 @@ class Trainee(nn.Module):
         head = self.model.head
         assert head is not None
         x = F.embedding(token_id_WT, self.inputs())
-        rotary = rotary_tables(token_id_WT.shape[1], CONFIG.head_dim, x.device)
+        rotary = rotary_tables(token_id_WT.shape[1], self.model.config.head_dim, x.device)
         for block in self.model.blocks:
             x = block(x, rotary, None)
         hidden = head.norm(F.gelu(head.dense(self.model.norm(x[masked_WT]))))
@@ -303,12 +304,21 @@ def training_batch(sources: dict[str, Source], *, seed: int, step: int) -> Batch
     return hide(np.concatenate(kmer_id), rng)
 
 
-def train(genomes: Path, out: Path, *, minutes: float, steps: int, lr: float, seed: int) -> None:
+def train(
+    genomes: Path,
+    out: Path,
+    *,
+    config: NTv2Config,
+    minutes: float,
+    steps: int,
+    lr: float,
+    seed: int,
+) -> None:
     """Train until `steps` or `minutes` are used up; the learning rate falls to zero by then."""
     begin = time.monotonic()
     sources = training_sources(genomes)
     frequency = sum(SHARE_OF_BATCH[name] * kmer_frequency(s) for name, s in sources.items())
-    trainee = Trainee(torch.from_numpy(np.log(frequency)).float(), seed=seed)
+    trainee = Trainee(torch.from_numpy(np.log(frequency)).float(), seed=seed, config=config)
     matrices = [p for n, p in trainee.model.blocks.named_parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in trainee.parameters() if p.requires_grad and id(p) not in chosen]
@@ -605,7 +615,7 @@ def _accuracy(weight: Tensor, x: Tensor, y: Tensor) -> float:
 
 def measure_probes(model: NTv2, genomes: Path, *, seed: int) -> list[dict[str, float | str]]:
     """Test accuracy of linear probes of the teacher, of the same shape untrained, of counts."""
-    untrained = random_model(CONFIG, seed=seed)
+    untrained = random_model(model.config, seed=seed)
     return [
         {
             "probe": probe.name,
@@ -644,6 +654,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--channels", type=int, default=CONFIG.hidden_size, help="a wider teacher, for measurements"
+    )
+    parser.add_argument("--layers", type=int, default=CONFIG.num_hidden_layers, help="at least 3")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     if asked.evaluate:
@@ -652,6 +666,13 @@ def main() -> None:
         train(
             asked.genomes,
             asked.out,
+            config=dataclasses.replace(
+                CONFIG,
+                hidden_size=asked.channels,
+                intermediate_size=2 * asked.channels,
+                num_attention_heads=asked.channels // CONFIG.head_dim,
+                num_hidden_layers=asked.layers,
+            ),
             minutes=asked.minutes,
             steps=asked.steps,
             lr=asked.lr,
