@@ -9,12 +9,12 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from had_pipe.errors import StorageError
 
-_STORAGE = {
+TROUBLE = {
     errno.ENOSPC: "no space is left on the disk",
     errno.EDQUOT: "the disk quota is used up",
     errno.EIO: "the disk reports an input/output error",
@@ -24,6 +24,18 @@ _STORAGE = {
     errno.EACCES: "permission is denied",
     errno.EPERM: "the operation is not permitted",
 }
+"""What an errno means where the disk is at fault, in words."""
+
+
+def as_storage_error(error: OSError, path: Path | None = None) -> StorageError | None:
+    """What a failing disk means to whoever runs the command; None where it is no disk's fault."""
+    if error.errno not in TROUBLE:
+        return None
+    where = path or error.filename
+    return StorageError(
+        f"{f'{where}: ' if where else ''}{TROUBLE[error.errno]}. Everything committed so far is "
+        "intact; mend that, then run the same command again"
+    )
 
 
 @contextmanager
@@ -32,19 +44,27 @@ def storage(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _STORAGE:
+        failed = as_storage_error(error, path)
+        if failed is None:
             raise
-        raise StorageError(
-            f"{path}: {_STORAGE[error.errno]}. Everything committed so far is intact; "
-            "mend that, then run the same command again"
-        ) from error
+        raise failed from error
 
 
 def free_nbytes(path: Path) -> int:
     """Bytes free where a path is, or would be."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def free_files(path: Path) -> int | None:
+    """Files that may still be made where a path is, or would be; None where there is no limit."""
+    told = os.statvfs(_existing(path))
+    return told.f_favail if told.f_files else None
+
+
+def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
 
 
 def sync_folder(folder: Path) -> None:
@@ -78,11 +98,16 @@ def publish(temporary: Path, final: Path) -> None:
 def write_file(final: Path, data: bytes, *, aside: Path) -> None:
     """Write one file durably by way of the folder `aside`, on the same file system."""
     temporary = aside / f"{final.name}.{os.getpid()}.tmp"
-    with storage(final), temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, final)
+    try:
+        with storage(final), temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, final)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def sync_tree(folder: Path) -> None:

@@ -21,6 +21,7 @@ from small_cache import build_cache
 from typer.testing import CliRunner, Result
 
 from had_pipe import __version__, cli, errors
+from had_pipe.cli import shown
 from had_pipe.progress import Progress
 
 TINY = """
@@ -171,7 +172,7 @@ def test_inspect_says_what_a_cache_is(cache: Path) -> None:
     assert facts["sealed"] is True
     assert facts["parts_missing"] == 0
     assert facts["nbytes"] == sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())
-    for shown in (
+    for said in (
         facts["id"],
         plan["teacher"]["name"],
         plan["teacher"]["weights_sha256"],
@@ -182,7 +183,7 @@ def test_inspect_says_what_a_cache_is(cache: Path) -> None:
         *(f"{name}: {split['windows']:,} window" for name, split in plan["splits"].items()),
         *(name.replace("_", " ") for name in facts["fidelity"]),
     ):
-        assert shown in result.stdout, shown
+        assert said in result.stdout, said
 
 
 def test_a_copy_whose_manifest_did_not_arrive_does_not_pass_verification(tmp_path: Path) -> None:
@@ -332,8 +333,8 @@ def test_plan_tells_everything_and_writes_nothing(stage_one: Path) -> None:
     result = had_pipe("plan", stage_one, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert sorted(stage_one.parent.iterdir()) == before
-    for shown in ("25", "12", "small", "Apache-2.0", "int8", "exact", "free"):
-        assert shown in result.stdout, result.stdout
+    for said in ("25", "12", "small", "Apache-2.0", "int8", "exact", "free"):
+        assert said in result.stdout, result.stdout
     assert f"next  had-pipe extract-teacher {stage_one}" in result.stdout
     told = had_pipe("plan", stage_one, "--device", "cpu", "--json")
     assert told.exit_code == 0
@@ -421,7 +422,7 @@ def answer(error: BaseException) -> Result:
     app = typer.Typer(pretty_exceptions_enable=False)
 
     @app.command()
-    @cli._answering
+    @shown.answering
     def fail() -> None:
         raise error
 
@@ -448,11 +449,26 @@ def test_ctrl_c_says_how_to_continue_and_exits_with_75() -> None:
     assert "run the same command again to continue" in result.stderr
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
-def test_a_failing_disk_exits_with_6(number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "no space is left on the disk"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EIO, "the disk reports an input/output error"),
+        (errno.EROFS, "the file system is read-only"),
+        (errno.ESTALE, "the network file system lost the file"),
+        (errno.EACCES, "permission is denied"),
+    ],
+    ids=lambda x: errno.errorcode[x] if isinstance(x, int) else "",
+)
+def test_a_failing_disk_exits_with_6(number: int, said: str) -> None:
     result = answer(OSError(number, os.strerror(number), "/cache/x"))
     assert result.exit_code == 6
-    assert f"/cache/x: {os.strerror(number).lower()}" in result.stderr
+    assert result.stderr == (
+        f"had-pipe: /cache/x: {said}. Everything committed so far is intact; mend that, then run "
+        "the same command again\n"
+    )
+    assert answer(OSError(number, os.strerror(number))).stderr.startswith(f"had-pipe: {said}.")
 
 
 def test_a_missing_extra_is_named_with_the_line_that_installs_it() -> None:
@@ -487,7 +503,7 @@ def a_moment(done: int, **changed: Any) -> Progress:
 def test_a_log_has_the_first_moment_one_a_minute_and_the_last() -> None:
     said: list[str] = []
     now = 0.0
-    lines = cli.Lines(said.append, clock=lambda: now)
+    lines = shown.Lines(said.append, clock=lambda: now)
     for second in range(200):
         now = float(second)
         lines(a_moment(second // 2, seconds=now))
@@ -505,7 +521,7 @@ def test_a_log_has_the_first_moment_one_a_minute_and_the_last() -> None:
 
 def test_a_log_has_the_end_of_each_piece_of_work_at_once() -> None:
     said: list[str] = []
-    lines = cli.Lines(said.append, clock=lambda: 0.0)
+    lines = shown.Lines(said.append, clock=lambda: 0.0)
     lines(a_moment(1))
     lines(a_moment(2))
     lines(a_moment(3, what="validating"))
@@ -523,13 +539,13 @@ def test_a_line_of_progress_has_rate_time_left_and_facts() -> None:
         what="extracting", done=1042, begun=42, total=7466, unit="windows", seconds=50.0,
         facts={"loss": 1.23456, "device": "cpu"},
     )  # fmt: skip
-    assert cli.describe(moment) == (
+    assert shown.describe(moment) == (
         "extracting  1,042 of 7,466 windows  50 s  20 windows/s  5 min 21 s left  "
         "loss 1.235  device cpu"
     )
-    assert cli.describe(a_moment(0)) == "training  0 of 100 steps  0.0 s"
+    assert shown.describe(a_moment(0)) == "training  0 of 100 steps  0.0 s"
     hashing = a_moment(1_000_000, what="verifying", total=4_000_000, unit="bytes", seconds=2.0)
-    assert cli.describe(hashing) == "verifying  1 MB of 4 MB  2.0 s  500 kB/s  6.0 s left"
+    assert shown.describe(hashing) == "verifying  1 MB of 4 MB  2.0 s  500 kB/s  6.0 s left"
 
 
 @pytest.mark.parametrize(
@@ -538,7 +554,7 @@ def test_a_line_of_progress_has_rate_time_left_and_facts() -> None:
      (3600, "1 h 0 min"), (23040, "6 h 24 min")],
 )  # fmt: skip
 def test_time_is_said_in_two_units_at_most(seconds: float, said: str) -> None:
-    assert cli.duration(seconds) == said
+    assert shown.duration(seconds) == said
 
 
 @pytest.mark.parametrize(
@@ -548,4 +564,4 @@ def test_time_is_said_in_two_units_at_most(seconds: float, said: str) -> None:
      (5.3e11, "530 GB"), (1.05e12, "1.05 TB"), (2e15, "2,000 TB")],
 )  # fmt: skip
 def test_sizes_are_said_in_decimal_units(nbytes: float, said: str) -> None:
-    assert cli.size(nbytes) == said
+    assert shown.size(nbytes) == said

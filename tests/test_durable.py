@@ -357,7 +357,7 @@ def test_a_full_device_is_named(tmp_path: Path) -> None:
         file.write(b"x")
 
 
-@pytest.mark.parametrize("number", sorted(durable._STORAGE))
+@pytest.mark.parametrize("number", sorted(durable.TROUBLE))
 def test_what_a_failing_disk_says_becomes_a_sentence(number: int) -> None:
     with (
         pytest.raises(StorageError, match=r"^here: .*mend that, then run") as caught,
