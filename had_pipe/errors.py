@@ -21,13 +21,28 @@ HadPipeError is a bug: it keeps its traceback and exits with 1.
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+# Control characters, marks that turn the direction of text, and halves of characters.
+_STEERING = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def shown(text: str) -> str:
+    """Text of unknown origin as a terminal may have it: what would steer it stands escaped."""
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class HadPipeError(Exception):
     """An error whose message is meant for the person who ran the command."""
 
     exit_code: ClassVar[int] = 1
+
+    def __str__(self) -> str:
+        # Names of files, records and keys are quoted, and a stranger may have chosen them.
+        return "\n".join(map(shown, super().__str__().split("\n")))
 
 
 class RecipeError(HadPipeError):

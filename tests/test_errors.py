@@ -53,3 +53,11 @@ def test_every_error_says_in_one_sentence_what_it_is() -> None:
         said = cls.__dict__["__doc__"]
         assert said.endswith("."), name
         assert "\n" not in said, name
+
+
+def test_a_message_never_steers_the_terminal() -> None:
+    """What is quoted may be a stranger's: a file's name, a key of a plan."""
+    name = "a\x1b]0;owned\x07\r\x9b2J\u202e\u2066\udc80\x7f"
+    assert str(HadPipeError(f"one {name}\ntwo µ é 中\u00a0")) == (
+        "one a\\x1b]0;owned\\x07\\r\\x9b2J\\u202e\\u2066\\udc80\\x7f\ntwo µ é 中\u00a0"
+    )
