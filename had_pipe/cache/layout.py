@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,9 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -34,6 +36,7 @@ from had_pipe.errors import CacheRefused
 FORMAT = "had-cache/1"
 PLAN = "plan.json"
 MANIFEST = "manifest.json"
+ARCHIVE = "archive.json"
 WINDOWS = "windows.parquet"
 DATA = "data.zarr"
 RECEIPTS = "parts"
@@ -125,6 +128,13 @@ class TeacherPlan(_Document):
     licence: str
 
 
+class SourcePlan(_Document):
+    """The cache that a recoded one was made from, and what that one had kept of the teacher."""
+
+    cache: Sha256
+    codec: Annotated[str, Field(pattern=r"^[a-z][a-z0-9]{0,15}$")]
+
+
 class Plan(_Document):
     """plan.json: what a cache means; never where, when or by whom it was made."""
 
@@ -139,6 +149,13 @@ class Plan(_Document):
     licence_reason: str | None
     statistics: Sha256
     contents: dict[str, Sha256]
+    source: SourcePlan | None = None
+    """Absent from the JSON where a teacher made the cache."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = fields(self)
+        return {key: written[key] for key in written if key != "source" or self.source is not None}
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -263,6 +280,11 @@ class Part:
         return f"{self.split}/{self.view}/{self.number:05d}"
 
     @property
+    def stem(self) -> str:
+        """Its name where it is one of many files in a folder."""
+        return str(self).replace("/", "-")
+
+    @property
     def receipt_key(self) -> str:
         return f"{RECEIPTS}/{self}.json"
 
@@ -328,6 +350,16 @@ class ObjectRecord(_Document):
     sha256: Sha256
 
 
+class Archive(_Document):
+    """archive.json: that the folder is a cache's archival form, and which files are compressed."""
+
+    format: Literal["had-archive/1"]
+    cache: Sha256
+    """The id of the cache it unpacks to."""
+    packed: dict[str, ObjectRecord]
+    """The shards that are compressed, as they lie in the archive; all else is as in the cache."""
+
+
 class Manifest(_Document):
     """manifest.json: every file of a sealed cache, and the cache id."""
 
@@ -363,9 +395,14 @@ def canonical_json(value: object) -> bytes:
     return text.encode() + b"\n"
 
 
-def read_plan(cache: Path) -> tuple[Plan, bytes]:
-    """plan.json, checked, and its bytes. Raises CacheRefused."""
+def read_plan(cache: Path, *, archived: bool = False) -> tuple[Plan, bytes]:
+    """plan.json, checked, and its bytes. Raises CacheRefused, also for an archive not meant."""
     path = cache / PLAN
+    if not archived and os.path.lexists(cache / ARCHIVE):
+        raise CacheRefused(
+            f"{cache}: a cache in its archival form, which cannot be read in place; "
+            f"`had-pipe cache recode {cache} TARGET` unpacks it"
+        )
     if not path.is_file():
         raise CacheRefused(
             f"{cache}: no {PLAN} here, so this is no cache; expected a folder that "
@@ -387,6 +424,12 @@ def read_manifest(cache: Path) -> Manifest | None:
             f"{manifest.computed_id[:12]}...; it was edited or damaged: copy it again"
         )
     return manifest
+
+
+def read_archive(archive: Path) -> Archive:
+    """archive.json, checked for form. Raises CacheRefused."""
+    path = archive / ARCHIVE
+    return _parse(Archive, read_small(path, limit=_LARGEST_MANIFEST), path)
 
 
 def read_receipt(cache: Path, part: Part) -> tuple[Receipt, bytes]:
@@ -426,9 +469,10 @@ def _parse(model: type[_Model], raw: bytes, path: Path) -> _Model:
     try:
         value = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
         found = value.get("format") if isinstance(value, dict) else None
-        if found != FORMAT:
+        (known,) = get_args(model.model_fields["format"].annotation)
+        if found != known:
             raise CacheRefused(
-                f"{path}: format {repr(found)[:60]}; this version of had-pipe reads {FORMAT!r}"
+                f"{path}: format {repr(found)[:60]}; this version of had-pipe reads {known!r}"
             )
         document = model.model_validate(value)
         canonical = document.to_json()
