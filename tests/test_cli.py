@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import typer.main
+import zarr
 from conftest import REPOSITORY
 from small_cache import build_cache
 from typer.testing import CliRunner, Result
@@ -108,7 +110,7 @@ def test_the_command_line_is_the_documented_one_and_no_more() -> None:
     }
     below = group.commands["cache"].commands
     assert {name: options(command) for name, command in below.items()} == {
-        "inspect": {"--json"},
+        "inspect": {"--locus", "--json"},
         "verify": {"--level", "--json"},
     }
 
@@ -206,6 +208,58 @@ def test_inspect_of_an_unfinished_cache_says_how_much_is_missing(tmp_path: Path)
     facts = json.loads(had_pipe("cache", "inspect", path, "--json").stdout)
     assert facts["sealed"] is False
     assert facts["parts_missing"] == 1
+
+
+def test_a_row_of_an_embedding_is_traced_to_its_bases(cache: Path) -> None:
+    """Against the arrays as zarr-python reads them and the lines of docs/cache-format.md."""
+    root = zarr.open_group(cache / "data.zarr", mode="r")
+    table = pq.read_table(cache / "windows.parquet").to_pylist()
+    kmers, seen = root["train/kmer_id"].shape[1], set()
+    for row, group in [(0, 0), (5, 2), (40, 1), (33, 3), (17, 0), (21, 4)]:
+        told = had_pipe("cache", "inspect", cache, "--locus", f"train:{row}:0:{group}", "--json")
+        assert told.exit_code == 0, told.output
+        found = json.loads(told.stdout)
+        (window,) = (x for x in table if (x["split"], x["window"]) == ("train", row))
+        turned = bool(root["train/0/reversed"][row])
+        column = [t for t in range(kmers) if not root["train/0/mask"][row, t]][group]
+        place = kmers - 1 - column if turned else column
+        letters = "".join(
+            "ACGT"[int(root["train/kmer_id"][row, place]) // 4**n % 4] for n in (5, 4, 3, 2, 1, 0)
+        )
+        if turned:
+            letters = letters[::-1].translate(str.maketrans("ACGT", "TGCA"))
+        assert (found["contig"], found["start"]) == (window["contig"], window["start"])
+        assert found["group_start"] == window["start"] + 6 * place
+        assert found["group_end"] == found["group_start"] + 6
+        assert (found["strand"], found["kmer"]) == ("-" if turned else "+", letters)
+        assert found["masked"] is False
+        shown = had_pipe("cache", "inspect", cache, "--locus", f"train:{row}:0:{group}").stdout
+        assert f"{window['contig']}:{found['group_start']}-{found['group_end']}\n" in shown
+        assert f"k-mer      {letters}, on the {'reverse' if turned else 'forward'} strand" in shown
+        seen.add(turned)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("train", "expected SPLIT:ROW or SPLIT:ROW:VIEW:GROUP"),
+        ("train:1:0", "expected SPLIT:ROW"),
+        ("train:-1", "expected SPLIT:ROW"),
+        ("train:x", "expected SPLIT:ROW"),
+        ("test:0", "no split 'test'"),
+        ("train:64", "train has 64 windows, counted from 0"),
+        ("train:0:7:0", "no view 7 of train; it has 0"),
+        ("train:0:0:9999", "stored groups, counted from 0"),
+    ],
+)
+def test_a_place_that_is_not_in_the_cache_is_refused_with_2(
+    cache: Path, asked: str, said: str
+) -> None:
+    result = had_pipe("cache", "inspect", cache, "--locus", asked)
+    assert result.exit_code == 2
+    assert f"--locus {asked}: " in result.stderr
+    assert said in result.stderr
 
 
 def test_verify_names_a_flipped_byte_and_exits_with_4(tmp_path: Path) -> None:

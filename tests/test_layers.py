@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"students", "objectives", "stream", "checkpoint", "floors", "hold", "run", "card"},
     },
     "cli": {
+        "dna",  # inspect spells a k-mer
         *{"errors", "progress", "durable", "recipe", "cache"},
         *{"survey", "extract", "distill", "run", "report"},
         "students",  # doctor says which kernel runs

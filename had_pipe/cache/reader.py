@@ -46,6 +46,7 @@ from had_pipe.cache.layout import (
     shard_index,
     shard_nbytes,
 )
+from had_pipe.dna.kmers import K, reverse_complement
 from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheRefused
 
 Check = Literal["first", "always", "never"]
@@ -78,6 +79,20 @@ class Locus:
     genome: str
     contig: str
     start: int
+
+
+@dataclass(frozen=True)
+class GroupLocus:
+    """What one stored group covers: one k-mer of a window, on the strand that the teacher saw."""
+
+    genome: str
+    contig: str
+    start: int
+    """First base on the forward strand, 0-based."""
+    reversed: bool
+    kmer_id: int
+    """As the teacher saw it: of a reversed window the k-mer of the other strand."""
+    masked: bool
 
 
 class Cache:
@@ -251,6 +266,28 @@ class Cache:
         raise CacheCorrupt(
             f"{self.path}: {WINDOWS} does not hold window {row} of {split!r} at its place; "
             f"{_remedy(self.path)}"
+        )
+
+    def group_locus(self, split: str, row: int, *, view: int, group: int) -> GroupLocus:
+        """Where a stored group lies: row `group` of the embedding of window `row` under a view."""
+        assert view in self.views(split)
+        assert 0 <= group < self.plan.windows.stored
+        window = self.locus(split, row)
+        kmer_id, mask, reverse = self.seen(Part(split, view, row // self.plan.part))
+        inside = row % self.plan.part
+        turned = bool(reverse[inside])
+        read = reverse_complement(kmer_id[inside : inside + 1])[0] if turned else kmer_id[inside]
+        hidden = mask[inside]
+        stored = {"visible": ~hidden, "masked": hidden, "all": np.ones_like(hidden)}
+        column = int(np.flatnonzero(stored[self.plan.windows.store])[group])
+        place = self.plan.windows.kmers - 1 - column if turned else column
+        return GroupLocus(
+            genome=window.genome,
+            contig=window.contig,
+            start=window.start + K * place,
+            reversed=turned,
+            kmer_id=int(read[column]),
+            masked=bool(hidden[column]),
         )
 
     def receipt(self, part: Part) -> Receipt:

@@ -23,7 +23,7 @@ from had_pipe.cli.shown import (
     reporter,
     size,
 )
-from had_pipe.errors import CacheCorrupt, CacheIncomplete
+from had_pipe.errors import CacheCorrupt, CacheIncomplete, RecipeError
 
 if TYPE_CHECKING:
     from had_pipe.cache import Cache
@@ -40,6 +40,13 @@ class Level(StrEnum):
 @answering
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The cache's folder.")],
+    locus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPLIT:ROW[:VIEW:GROUP]",
+            help="Say instead where a window lies, or which k-mer a row of its embedding is of.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a cache is.
@@ -50,6 +57,9 @@ def inspect(
     from had_pipe.cache.integrity import missing_parts
 
     cache = Cache.open(path, incomplete=True)
+    if locus is not None:
+        _inspect_locus(cache, locus, as_json=as_json)
+        return
     missing = len(missing_parts(path, cache.plan))
     parts = sum(1 for _ in cache.plan.parts())
     nbytes = _nbytes_below(path)
@@ -83,6 +93,76 @@ def inspect(
             ("size", size(nbytes)),
         ]
     )
+
+
+def _inspect_locus(cache: Cache, asked: str, *, as_json: bool) -> None:
+    """Where a window, or one stored group of it, lies; coordinates are 0-based and half-open."""
+    split, row, view, group = _read_locus(cache, asked)
+    plan = cache.plan
+    window = cache.locus(split, row)
+    told: dict[str, object] = {
+        "split": split,
+        "row": row,
+        "genome": window.genome,
+        "contig": window.contig,
+        "start": window.start,
+        "end": window.start + plan.windows.bases,
+    }
+    facts = [
+        ("window", f"{row:,} of {split}, in part {row // plan.part:,}"),
+        ("genome", window.genome),
+        ("bases", f"{window.contig}:{window.start}-{window.start + plan.windows.bases}"),
+    ]
+    if view is not None and group is not None:
+        from had_pipe.dna.kmers import K, spell
+
+        found = cache.group_locus(split, row, view=view, group=group)
+        told |= {
+            "view": view,
+            "group": group,
+            "group_start": found.start,
+            "group_end": found.start + K,
+            "strand": "-" if found.reversed else "+",
+            "kmer": spell(found.kmer_id),
+            "masked": found.masked,
+        }
+        strand = "reverse" if found.reversed else "forward"
+        facts += [
+            ("group", f"{group} of view {view}, {'masked' if found.masked else 'visible'}"),
+            ("its bases", f"{found.contig}:{found.start}-{found.start + K}"),
+            ("k-mer", f"{spell(found.kmer_id)}, on the {strand} strand"),
+        ]
+    if as_json:
+        print_json(told)
+    else:
+        print_facts([*facts, ("", "coordinates are 0-based and half-open")])
+
+
+def _read_locus(cache: Cache, asked: str) -> tuple[str, int, int | None, int | None]:
+    """What `--locus` names, if the cache has it."""
+    split, *numbers = asked.split(":")
+    if len(numbers) not in (1, 3) or not all(x.isascii() and x.isdigit() for x in numbers):
+        raise RecipeError(f"--locus {asked}: expected SPLIT:ROW or SPLIT:ROW:VIEW:GROUP")
+    if split not in cache.plan.splits:
+        known = ", ".join(cache.plan.splits)
+        raise RecipeError(f"--locus {asked}: no split {split!r} in {cache.path}; it has {known}")
+    row, *within = map(int, numbers)
+    if row >= cache.rows(split):
+        raise RecipeError(
+            f"--locus {asked}: {split} has {count(cache.rows(split), 'window')}, counted from 0"
+        )
+    if not within:
+        return split, row, None, None
+    view, group = within
+    if view not in cache.views(split):
+        views = ", ".join(map(str, cache.views(split)))
+        raise RecipeError(f"--locus {asked}: no view {view} of {split}; it has {views}")
+    if group >= cache.plan.windows.stored:
+        raise RecipeError(
+            f"--locus {asked}: a window has {count(cache.plan.windows.stored, 'stored group')}, "
+            "counted from 0"
+        )
+    return split, row, view, group
 
 
 def _nbytes_below(path: Path) -> int:
