@@ -56,6 +56,21 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """Some windows as the teacher sees them in the first view."""
+
+    kmer_id: npt.NDArray[np.uint16]
+    """(W, T), forward strand."""
+    mask: npt.NDArray[np.bool_]
+    """(W, T), in the view's orientation."""
+    reversed: npt.NDArray[np.bool_]
+    """(W)"""
+
+    def __len__(self) -> int:
+        return len(self.kmer_id)
+
+
+@dataclass(frozen=True)
 class Coverage:
     """What tiling makes of the genomes, in numbers."""
 
@@ -65,6 +80,8 @@ class Coverage:
     """Bases in at least one window, by split."""
     dropped: Mapping[str, int]
     """Bases in no window, by reason."""
+    sample: Shown
+    """Windows from all over the genomes, in no order."""
 
 
 def read_reference(genome: Genome, *, report: Reporter) -> Reference:
@@ -119,12 +136,16 @@ def read_reference(genome: Genome, *, report: Reporter) -> Reference:
     )
 
 
-def survey_windows(references: Sequence[Reference], windows: Windows) -> Coverage:
-    """Tile the genomes and count, without keeping anything."""
+def survey_windows(
+    references: Sequence[Reference], windows: Windows, *, sample: int = 0
+) -> Coverage:
+    """Tile the genomes and count, keeping nothing but `sample` windows, or twice as many."""
     by_split: Counter[str] = Counter()
     bases: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
-    for reference, _, _, tiles in _tiles(references, windows):
+    chosen = _Every(sample)
+    for reference, _, contig, tiles in _tiles(references, windows):
+        chosen.add(contig, tiles, windows)
         names = reference.rule.names
         for split, count in enumerate(np.bincount(tiles.split, minlength=len(names)).tolist()):
             by_split[names[split]] += count
@@ -134,9 +155,65 @@ def survey_windows(references: Sequence[Reference], windows: Windows) -> Coverag
         windows={name: count for name, count in sorted(by_split.items()) if count},
         bases={name: bases[name] for name, count in sorted(by_split.items()) if count},
         dropped={reason: count for reason, count in dropped.items() if count},
+        sample=chosen.shown(windows),
     )
     _check_any(references, windows, coverage.windows, coverage.dropped)
     return coverage
+
+
+class _Every:
+    """Every so-many-th window of a corpus whose end is not known yet: thinned out as more come."""
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        self._apart = 1
+        self._seen = 0
+        self._kept: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint16]]] = []
+
+    def add(self, contig: Contig, tiles: Tiles, windows: Windows) -> None:
+        index = np.arange(self._seen, self._seen + len(tiles.start))
+        self._seen += len(index)
+        if not self._wanted:
+            return
+        while len(self) + len(index) // self._apart > 2 * self._wanted:
+            self._apart *= 2
+            self._kept = [
+                (had[had % self._apart == 0], kmer_id[had % self._apart == 0])
+                for had, kmer_id in self._kept
+            ]
+        some = index % self._apart == 0
+        if some.any():
+            bases = base_windows(contig, tiles.start[some], windows.bases)
+            self._kept.append((index[some], dna.encode_kmers(bases)))
+
+    def __len__(self) -> int:
+        return sum(len(index) for index, _ in self._kept)
+
+    def shown(self, windows: Windows) -> Shown:
+        """In no order, so that any of them stand for all."""
+        count, none = len(self), np.empty((0, windows.kmers), dtype=np.uint16)
+        index = [number for some, _ in self._kept for number in some.tolist()]
+        kmer_id = np.concatenate([none, *(kmer_id for _, kmer_id in self._kept)])
+        mask = np.empty((count, windows.kmers), dtype=np.bool_)
+        turned = np.empty(count, dtype=np.bool_)
+        for place, number in enumerate(index):
+            mask[place] = dna.group_masks(
+                seed=windows.seed,
+                view=0,
+                first=number,
+                windows=1,
+                kmers=windows.kmers,
+                masked=windows.masked,
+            )[0]
+            turned[place] = dna.strand_flips(
+                seed=windows.seed,
+                view=0,
+                first=number,
+                windows=1,
+                probability=windows.reverse_complement,
+            )[0]
+        order = permutation(Purpose.DISK_ORDER, windows.seed, 0, count)
+        return Shown(kmer_id[order], mask[order], turned[order])
 
 
 def lay_out(references: Sequence[Reference], windows: Windows) -> dict[str, SplitData]:

@@ -180,6 +180,30 @@ def test_what_is_counted_is_what_is_laid_out(made: Made) -> None:
     assert told.dropped["not ACGT"] == sum(sum(r.other.values()) for r in made.references) > 0
 
 
+@pytest.mark.parametrize("wanted", [1, 5, 40, 10_000])
+def test_a_sample_is_windows_from_all_over_as_they_will_be_seen(made: Made, wanted: int) -> None:
+    everything = sum(len(data.kmer_id) for data in made.splits.values())
+    expected = {}
+    for data in made.splits.values():
+        for row, index in enumerate(data.table.index.tolist()):
+            seen = data.kmer_id[row], data.mask[0][row], data.reversed[0][row]
+            expected[seen[0].tobytes()] = (index, *seen)
+    assert len(expected) == everything  # no two windows are alike, so k-mers name them
+    sample = corpus.survey_windows(made.references, made.windows, sample=wanted).sample
+    assert min(wanted, everything) <= len(sample) <= max(1, 2 * wanted)
+    numbers = []
+    for kmer_id, mask, turned in zip(sample.kmer_id, sample.mask, sample.reversed, strict=True):
+        index, _, its_mask, its_turn = expected[kmer_id.tobytes()]
+        assert (mask == its_mask).all()
+        assert turned == its_turn
+        numbers.append(index)
+    apart = sorted(set(np.diff(sorted(numbers)).tolist()))
+    assert len(apart) <= 1  # evenly over all genomes and splits
+    if len(numbers) > 10:
+        assert numbers != sorted(numbers)
+    assert max(numbers) + (apart or [everything])[0] >= everything
+
+
 def test_equal_recipes_give_equal_order_and_another_seed_another(made: Made) -> None:
     again = lay_out(made.genomes, made.windows)
     assert all((again[s].table.index == d.table.index).all() for s, d in made.splits.items())
