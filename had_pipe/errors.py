@@ -12,6 +12,7 @@ HadPipeError
 ├── NonFiniteError       5   look at the numbers: NaN or infinity where there must be none
 ├── StorageError         6   make room, or mend the disk, then run again
 ├── HeldError            7   another process is at it: wait, or stop it
+├── QuarantineError      8   some parts failed again and again: mend what they share, run again
 ├── NetworkError         9   a host could not be reached, or the network may not be used
 └── Interrupted         75   a signal stopped the work: run the same command again
 
@@ -99,6 +100,12 @@ class HeldError(HadPipeError):
     """Another process is working on the same cache or run."""
 
     exit_code = 7
+
+
+class QuarantineError(HadPipeError):
+    """Some parts failed again and again and were left out; the others are made."""
+
+    exit_code = 8
 
 
 class NetworkError(HadPipeError):
