@@ -482,7 +482,7 @@ def manifest_of_another_plan(cache: Path) -> None:
 
 
 def endless_plan(cache: Path) -> None:
-    rewrite(cache / "plan.json", lambda plan: plan["splits"]["train"].update(windows=1 << 40))
+    rewrite(cache / "plan.json", lambda plan: plan["splits"]["train"].update(windows=1 << 28))
     plan_id = hashlib.sha256((cache / "plan.json").read_bytes()).hexdigest()
     admit(cache, "plan.json")
     rewrite(cache / "manifest.json", lambda manifest: manifest.update(plan=plan_id), seal=True)
@@ -539,7 +539,7 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "forged manifest": (forged_manifest, r"\.\./secret"),
     "thin manifest": (thin_manifest, r"train/0/embedding/value/c/1/0/0"),
     "manifest of another plan": (manifest_of_another_plan, r"of plan 000000000000"),
-    "endless plan": (endless_plan, r"366,503,875,927 parts"),
+    "endless plan": (endless_plan, "parts, more than 262,144"),
     "bases that are not the k-mers'": (contradiction(bases=6), r"windows: .* of 6 bases"),
     "groups stored that are not the visible": (contradiction(stored=1), "1 groups stored"),
     "all groups masked": (contradiction(masked=1 << 17), "131072 masked"),
@@ -553,7 +553,7 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], None], str]] = {
     "an unknown key": (put("plan.json", b'"part":3', b'"pact":3,"part":3'), "pact: Extra inputs"),
     "half a character": (
         put("plan.json", b'"name":"invented/teacher"', b'"name":"\\ud800"'),
-        r"plan\.json: not what format 1 says: .*surrogate",
+        r"plan\.json: not what format 1 says: .*unicode",
     ),
     "a number of many digits": (
         put("plan.json", b'"part":3', b'"part":' + b"9" * 10_000),
@@ -561,11 +561,11 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], None], str]] = {
     ),
     "deep plan": (raw("plan.json", b"[" * 200_000), r"plan\.json: not what format 1 says"),
     "deep manifest": (
-        raw("manifest.json", b'{"a":' * 200_000),
+        raw("manifest.json", b'{"a":' * 5_000),
         r"manifest\.json: not what format 1 says",
     ),
     "no JSON": (raw("plan.json", b"\x80\x02"), r"plan\.json: not what format 1 says"),
-    "a list": (raw("plan.json", b"[1]\n"), r"plan\.json: format None"),
+    "a list": (raw("plan.json", b"[1]\n"), r"plan\.json: not what format 1 says"),
     "the future": (
         put("plan.json", b'"format":"had-cache/1"', b'"format":"had-cache/2"'),
         r"plan\.json: format 'had-cache/2'; this version of had-pipe reads 'had-cache/1'",
@@ -601,8 +601,8 @@ def test_a_plan_or_manifest_that_is_not_ours_is_refused_at_the_door(case: str, c
 
 
 def test_an_endless_plan_of_an_unsealed_cache_is_refused(begun: Path) -> None:
-    rewrite(begun / "plan.json", lambda plan: plan["splits"]["train"].update(windows=1 << 40))
-    with pytest.raises(CacheRefused, match="parts, more than 4,194,304"):
+    rewrite(begun / "plan.json", lambda plan: plan["splits"]["train"].update(windows=1 << 28))
+    with pytest.raises(CacheRefused, match="parts, more than 262,144"):
         Cache.open(begun, incomplete=True)
 
 

@@ -81,7 +81,8 @@ def read_object(cache: Path, key: str, *, limit: int, start: bytes = b"") -> byt
         pieces = [file.read(len(start))]
         if pieces[0] != start:
             raise CacheRefused(
-                f"{cache / key}: begins with {pieces[0]!r}, expected {start!r}; copy it again"
+                f"{cache / key}: not what format 1 says: begins with {pieces[0]!r}, "
+                f"expected {start!r}; copy it again"
             )
         left = nbytes - len(pieces[0])
         while left and (piece := file.read(left)):

@@ -30,8 +30,9 @@ from pydantic import (
     model_validator,
 )
 
+from had_pipe.cache.door import read_object
 from had_pipe.dna.kmers import K
-from had_pipe.errors import CacheRefused
+from had_pipe.errors import CacheCorrupt, CacheRefused, RecipeError, shown
 
 FORMAT = "had-cache/1"
 PLAN = "plan.json"
@@ -46,14 +47,30 @@ CRC_NBYTES = 4
 ABSENT = 2**64 - 1
 """Offset and length of a row that a shard does not hold."""
 
-# Ceilings for JSON a stranger may have made: a receipt of 2**20 windows has about 11 MB.
-LARGEST_JSON = 1 << 26
-_LARGEST_MANIFEST = 1 << 30
+# Ceilings for what a stranger may have made. JSON takes some twenty times its length once parsed;
+# what grows with the cache is bounded by what the plan implies.
+_LARGEST_PLAN = 1 << 21
+_LARGEST_MANIFEST = 1 << 28
+_LARGEST_NOTE = 1 << 16
+_LARGEST_ARRAY = 1 << 28
+"""Bytes of a window as stored, and of a chunk made at plan time."""
 
-_MOST_PARTS = 1 << 22
+_MOST_PARTS = 1 << 18
+_MOST_WINDOWS = 1 << 28
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SplitName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+
+
+def _plain(text: str) -> str:
+    if shown(text) != text:
+        raise ValueError("control characters are no text")
+    return text
+
+
+Text = Annotated[str, Field(max_length=4096), AfterValidator(_plain)]
+"""What is printed where a cache is described."""
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class _Document(BaseModel):
@@ -69,12 +86,12 @@ class _Document(BaseModel):
 class GenomePlan(_Document):
     """One reference, named by content."""
 
-    name: str
-    digest: str
+    name: Text
+    digest: Text
     """GA4GH sequence-collection digest."""
-    contigs: int
-    bases: int
-    splits: str | dict[str, list[str] | float] | None
+    contigs: Count
+    bases: Count
+    splits: Text | dict[SplitName, list[Text] | float] | None
     """The recipe's rule; a BED file as the SHA-256 of its bytes."""
     include: Sha256 | None
     exclude: Sha256 | None
@@ -85,15 +102,15 @@ class WindowsPlan(_Document):
     """What one example is."""
 
     bases: Annotated[int, Field(gt=0, le=1 << 20)]
-    stride: Annotated[int, Field(gt=0)]
+    stride: Annotated[int, Field(gt=0, le=2**53)]
     kmers: Annotated[int, Field(gt=0, le=1 << 18)]
     masked: Annotated[int, Field(gt=0)]
     mask_ratio: float
     stored: Annotated[int, Field(gt=0, le=1 << 18)]
     store: Literal["visible", "masked", "all"]
-    views: Annotated[int, Field(gt=0)]
+    views: Annotated[int, Field(gt=0, le=1 << 20)]
     reverse_complement: float
-    seed: int
+    seed: Annotated[int, Field(ge=-(2**64), le=2**64)]
     algorithm: Literal[1]
     """Order, masks and strands as docs/cache-format.md numbers them."""
 
@@ -111,21 +128,27 @@ class WindowsPlan(_Document):
 class SplitPlan(_Document):
     """One split: how many windows, seen how often."""
 
-    windows: Annotated[int, Field(gt=0, le=1 << 40)]
+    windows: Annotated[int, Field(gt=0, le=_MOST_WINDOWS)]
     views: Annotated[list[Annotated[int, Field(ge=0, le=1 << 20)]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _each_view_once(self) -> Self:
+        if sorted(set(self.views)) != self.views:
+            raise ValueError("views that do not ascend")
+        return self
 
 
 class TeacherPlan(_Document):
     """The frozen model, named by content."""
 
-    name: str
-    revision: str | None
-    weights_sha256: str
-    layer: int
+    name: Text
+    revision: Text | None
+    weights_sha256: Text
+    layer: Annotated[int, Field(ge=-1, le=1 << 20)]
     input: Literal["masked", "full"]
     channels: Annotated[int, Field(gt=0, le=1 << 20)]
     dtype: Literal["float32", "float16", "bfloat16"]
-    licence: str
+    licence: Text
 
 
 class SourcePlan(_Document):
@@ -145,10 +168,10 @@ class Plan(_Document):
     part: Annotated[int, Field(gt=0, le=1 << 20)]
     teacher: TeacherPlan
     codec: Literal["int8", "exact"]
-    licence: str
-    licence_reason: str | None
+    licence: Text
+    licence_reason: Text | None
     statistics: Sha256
-    contents: dict[str, Sha256]
+    contents: dict[Text, Sha256]
     source: SourcePlan | None = None
     """Absent from the JSON where a teacher made the cache."""
 
@@ -161,7 +184,27 @@ class Plan(_Document):
     def _bounded(self) -> Self:
         if self.part_count > _MOST_PARTS:
             raise ValueError(f"{self.part_count:,} parts, more than {_MOST_PARTS:,}")
+        largest = max(2 * self.part * self.windows.kmers, *(s.nbytes for s in self.signals))
+        if largest > _LARGEST_ARRAY:
+            raise ValueError(
+                f"an array in pieces of {largest:,} bytes, more than {_LARGEST_ARRAY:,}"
+            )
         return self
+
+    @staticmethod
+    def new(described: Mapping[str, Any]) -> Plan:
+        """A plan to be written. Raises RecipeError where no reader would take it."""
+        try:
+            plan = Plan.model_validate(described)
+        except ValidationError as error:
+            raise RecipeError(f"no cache can be made of this recipe: {_fault(error)}") from error
+        nbytes = len(plan.to_json())
+        if nbytes > _LARGEST_PLAN:
+            raise RecipeError(
+                f"no cache can be made of this recipe: {PLAN} would have {nbytes:,} bytes, more "
+                f"than {_LARGEST_PLAN:,}; name fewer genomes or contigs"
+            )
+        return plan
 
     @cached_property
     def id(self) -> str:
@@ -339,7 +382,7 @@ class Receipt(_Document):
     view: Annotated[int, Field(ge=0)]
     part: Annotated[int, Field(ge=0)]
     windows: Annotated[int, Field(gt=0)]
-    numerics: dict[str, str | int]
+    numerics: dict[Text, Text | int]
     objects: dict[str, ShardRecord]
 
 
@@ -397,27 +440,32 @@ def canonical_json(value: object) -> bytes:
 
 def read_plan(cache: Path, *, archived: bool = False) -> tuple[Plan, bytes]:
     """plan.json, checked, and its bytes. Raises CacheRefused, also for an archive not meant."""
-    path = cache / PLAN
     if not archived and os.path.lexists(cache / ARCHIVE):
         raise CacheRefused(
             f"{cache}: a cache in its archival form, which cannot be read in place; "
             f"`had-pipe cache recode {cache} TARGET` unpacks it"
         )
-    if not path.is_file():
+    try:
+        raw = _read_json(cache, PLAN, limit=_LARGEST_PLAN)
+    except (FileNotFoundError, NotADirectoryError):
         raise CacheRefused(
             f"{cache}: no {PLAN} here, so this is no cache; expected a folder that "
             "`had-pipe extract-teacher` made"
-        )
-    raw = read_small(path)
-    return _parse(Plan, raw, path), raw
+        ) from None
+    return _parse(Plan, raw, cache / PLAN), raw
 
 
-def read_manifest(cache: Path) -> Manifest | None:
-    """manifest.json, its id checked, or None where the cache is not sealed."""
-    path = cache / MANIFEST
-    if not os.path.lexists(path):
+def read_manifest(cache: Path, plan: Plan) -> Manifest | None:
+    """manifest.json, its id checked, or None where the cache is not sealed. Raises CacheRefused."""
+    # 256 bytes hold an object's entry; beside the parts' there are those of metadata and splits.
+    views = sum(len(split.views) for split in plan.splits.values())
+    entries = (len(plan.signals) + 4) * plan.part_count + 16 * (views + len(plan.splits)) + 64
+    try:
+        raw = _read_json(cache, MANIFEST, limit=min(_LARGEST_MANIFEST, 256 * entries))
+    except FileNotFoundError:
         return None
-    manifest = _parse(Manifest, read_small(path, limit=_LARGEST_MANIFEST), path)
+    path = cache / MANIFEST
+    manifest = _parse(Manifest, raw, path)
     if manifest.computed_id != manifest.id:
         raise CacheRefused(
             f"{path}: its id is {manifest.id[:12]}..., its contents make "
@@ -426,16 +474,33 @@ def read_manifest(cache: Path) -> Manifest | None:
     return manifest
 
 
-def read_archive(archive: Path) -> Archive:
+def read_archive(archive: Path, plan: Plan) -> Archive:
     """archive.json, checked for form. Raises CacheRefused."""
-    path = archive / ARCHIVE
-    return _parse(Archive, read_small(path, limit=_LARGEST_MANIFEST), path)
+    # 256 bytes hold an object's entry.
+    limit = min(_LARGEST_MANIFEST, 256 * (plan.part_count * len(plan.signals) + 64))
+    try:
+        raw = _read_json(archive, ARCHIVE, limit=limit)
+    except FileNotFoundError:
+        raise CacheRefused(f"{archive}: no {ARCHIVE} here, so this is no archive") from None
+    return _parse(Archive, raw, archive / ARCHIVE)
 
 
-def read_receipt(cache: Path, part: Part) -> tuple[Receipt, bytes]:
-    """One receipt, checked for form, and its bytes. Raises CacheRefused; the caller checks more."""
-    raw = read_small(cache / part.receipt_key)
+def read_receipt(cache: Path, plan: Plan, part: Part) -> tuple[Receipt, bytes]:
+    """One receipt, checked for form, and its bytes. Raises CacheRefused, or CacheCorrupt where
+    there is none; the caller checks more.
+    """
+    try:
+        raw = _read_json(cache, part.receipt_key, limit=receipt_limit(plan, part))
+    except FileNotFoundError:
+        raise CacheCorrupt(
+            f"{cache / part.receipt_key}: is missing; run extract-teacher again to make the part"
+        ) from None
     return parse_receipt(cache, part, raw), raw
+
+
+def receipt_limit(plan: Plan, part: Part) -> int:
+    """Most bytes that a part's receipt can have: a CRC is less than 6 in base64."""
+    return _LARGEST_NOTE + 6 * plan.part_windows(part) * len(plan.signals)
 
 
 def parse_receipt(cache: Path, part: Part, raw: bytes) -> Receipt:
@@ -443,23 +508,19 @@ def parse_receipt(cache: Path, part: Part, raw: bytes) -> Receipt:
     return _parse(Receipt, raw, cache / part.receipt_key)
 
 
-def read_small(path: Path, *, limit: int = LARGEST_JSON) -> bytes:
+def read_small(path: Path, *, limit: int = _LARGEST_NOTE) -> bytes:
     """A file's bytes, if it is an ordinary file of a sane length."""
-    if path.is_symlink() or not path.is_file():
-        raise CacheRefused(f"{path}: expected an ordinary file; a cache holds no links")
-    nbytes = path.stat().st_size
-    if nbytes > limit:
-        raise CacheRefused(f"{path}: {nbytes:,} bytes, expected at most {limit:,}; copy it again")
-    return path.read_bytes()
+    return read_object(path.parent, path.name, limit=limit)
 
 
-def refuse_links(cache: Path, key: str) -> None:
-    """Raise CacheRefused where a link on the way to an object could lead out of the cache."""
-    path = str(cache)
-    for name in key.split("/"):
-        path = f"{path}/{name}"
-        if os.path.islink(path):  # noqa: PTH114  (on every part: pathlib is many times slower)
-            raise CacheRefused(f"{path}: a link; a cache holds none: copy the cache again")
+def _read_json(cache: Path, key: str, *, limit: int) -> bytes:
+    """The bytes of a JSON object. Raises CacheRefused; FileNotFoundError where there is none."""
+    try:
+        return read_object(cache, key, limit=limit, start=b"{")
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise CacheRefused(f"{cache / key}: cannot be read ({error.strerror})") from error
 
 
 _Model = TypeVar("_Model", bound=_Document)
@@ -477,17 +538,19 @@ def _parse(model: type[_Model], raw: bytes, path: Path) -> _Model:
         document = model.model_validate(value)
         canonical = document.to_json()
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ValidationError):
-            fault = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in fault["loc"])
-            reason = f"{where[:200]}: {fault['msg']}"
-        else:
-            reason = str(error)
+        reason = _fault(error) if isinstance(error, ValidationError) else str(error)
         raise CacheRefused(f"{path}: not what format 1 says: {reason}; copy it again") from error
     # Or the ids, which are hashes of these bytes, would depend on the spelling.
     if canonical != raw:
         raise CacheRefused(f"{path}: not canonical JSON, so it was edited; restore the original")
     return document
+
+
+def _fault(error: ValidationError) -> str:
+    """Where and what, of the first thing that is wrong."""
+    fault = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    return f"{where[:200]}: {fault['msg'][:500]}"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
-import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from had_pipe.cache.codec import Codec
+from had_pipe.cache.door import open_object, read_object
 from had_pipe.cache.layout import (
     CRC_NBYTES,
     DATA,
-    LARGEST_JSON,
     PLAN,
     RECEIPTS,
     WINDOWS,
@@ -41,17 +41,18 @@ from had_pipe.cache.layout import (
     parse_receipt,
     read_manifest,
     read_plan,
-    read_small,
-    refuse_links,
+    receipt_limit,
     shard_index,
     shard_nbytes,
 )
+from had_pipe.cache.loci import WindowTable
 from had_pipe.dna.kmers import K, reverse_complement
 from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheRefused
 
 Check = Literal["first", "always", "never"]
 """When a window's CRC is compared: the first time this process reads it, always, never."""
 
+_LARGEST_ATTRIBUTES = 1 << 20
 _OPEN_PARTS = 128  # parts whose files and small arrays are kept at hand
 _ROWS_A_CALL = 512  # preadv takes at most IOV_MAX (1024) buffers, two a row
 
@@ -122,9 +123,9 @@ class Cache:
         Raises CacheRefused, CacheIncomplete or CacheCorrupt.
         """
         plan, _ = read_plan(path)
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, plan)
         if manifest is None and not incomplete:
-            found = sum(1 for _ in (path / RECEIPTS).glob("*/*/*.json"))
+            found = sum(len(files) for _, _, files in os.walk(path / RECEIPTS))
             raise CacheIncomplete(
                 f"{path}: not finished: {found:,} of {plan.part_count:,} parts are there and no "
                 "manifest. Run the same `had-pipe extract-teacher` command again to finish it"
@@ -218,11 +219,13 @@ class Cache:
     @property
     def attributes(self) -> Mapping[str, Any]:
         """The attributes of the store's root: licence, decode, orientation, fidelity."""
-        import json
-
         key = f"{DATA}/zarr.json"
+        limit = _LARGEST_ATTRIBUTES + 256 * self.plan.teacher.channels
         try:
-            attributes: Mapping[str, Any] = json.loads(self._object(key))["attributes"]
+            group = json.loads(self._object(key, limit=limit), parse_constant=_no_constant)
+            attributes = group["attributes"]
+            if not isinstance(attributes, dict):
+                raise TypeError("attributes that are no object")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise CacheCorrupt(
                 f"{self.path}: {key} is not the JSON of a Zarr group; {_remedy(self.path)}"
@@ -230,43 +233,30 @@ class Cache:
         return attributes
 
     @property
-    def fidelity(self) -> Mapping[str, float]:
+    def fidelity(self) -> Mapping[str, Any]:
         """What the codec lost on held-out groups, measured when the cache was made."""
-        fidelity: Mapping[str, float] = self.attributes["fidelity"]
+        fidelity = self.attributes.get("fidelity")
+        if not isinstance(fidelity, dict):
+            raise CacheCorrupt(
+                f"{self.path}: {DATA}/zarr.json tells no fidelity; {_remedy(self.path)}"
+            )
         return fidelity
 
     def locus(self, split: str, row: int) -> Locus:
         """Where a window lies on its genome."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         assert 0 <= row < self.rows(split)
         place = row + sum(self.rows(name) for name in self.plan.splits if name < split)
-        refuse_links(self.path, WINDOWS)
-        if not (self.path / WINDOWS).is_file():
-            raise CacheCorrupt(f"{self.path}: {WINDOWS} is missing; {_remedy(self.path)}")
-        with (self.path / WINDOWS).open("rb") as file:
+        with WindowTable(self.path, self.plan) as table:
             if self._manifest is not None and not self._windows_checked:
-                self._compare(WINDOWS, hashlib.file_digest(file, "sha256").hexdigest())
+                self._compare(WINDOWS, table.sha256())
                 self._windows_checked = True
-            try:
-                table = pq.ParquetFile(file)
-                for number in range(table.num_row_groups):
-                    inside = table.metadata.row_group(number).num_rows
-                    if place < inside:
-                        found = table.read_row_group(number).slice(place, 1).to_pylist()[0]
-                        if (found["split"], found["window"]) == (split, row):
-                            return Locus(found["genome"], found["contig"], found["start"])
-                        break
-                    place -= inside
-            except (pa.ArrowException, OSError, LookupError) as error:
-                raise CacheCorrupt(
-                    f"{self.path}: {WINDOWS} is damaged; {_remedy(self.path)}"
-                ) from error
-        raise CacheCorrupt(
-            f"{self.path}: {WINDOWS} does not hold window {row} of {split!r} at its place; "
-            f"{_remedy(self.path)}"
-        )
+            found = table.row(place)
+        if (found["split"], found["window"]) != (split, row):
+            raise CacheCorrupt(
+                f"{self.path}: {WINDOWS} does not hold window {row} of {split!r} at its place; "
+                f"{_remedy(self.path)}"
+            )
+        return Locus(found["genome"], found["contig"], found["start"])
 
     def group_locus(self, split: str, row: int, *, view: int, group: int) -> GroupLocus:
         """Where a stored group lies: row `group` of the embedding of window `row` under a view."""
@@ -297,7 +287,8 @@ class Cache:
                 f"{self.path}: part {part} is not there yet; run the same "
                 "`had-pipe extract-teacher` command again to make it"
             )
-        receipt = parse_receipt(self.path, part, self._object(part.receipt_key))
+        limit = receipt_limit(self.plan, part)
+        receipt = parse_receipt(self.path, part, self._object(part.receipt_key, limit=limit))
         check_receipt(self.path, self.plan, part, receipt)
         return receipt
 
@@ -389,13 +380,16 @@ class Cache:
         little = np.dtype(dtype).newbyteorder("<")
         return np.frombuffer(raw, dtype=little, count=count).reshape(shape)
 
-    def _object(self, key: str, *, limit: int = LARGEST_JSON) -> bytes:
+    def _object(self, key: str, *, limit: int) -> bytes:
         """A small object's bytes, held against the manifest where there is one."""
-        refuse_links(self.path, key)
-        path = self.path / key
-        if not path.exists():
-            raise CacheCorrupt(f"{self.path}: {key} is missing; {_remedy(self.path)}")
-        raw = read_small(path, limit=limit)
+        try:
+            raw = read_object(self.path, key, limit=limit)
+        except FileNotFoundError:
+            raise CacheCorrupt(f"{self.path}: {key} is missing; {_remedy(self.path)}") from None
+        except OSError as error:
+            raise CacheCorrupt(
+                f"{self.path}: {key} cannot be read ({error.strerror}); {_remedy(self.path)}"
+            ) from error
         if self._manifest is not None:
             self._compare(key, hashlib.sha256(raw).hexdigest())
         return raw
@@ -476,6 +470,10 @@ def _remedy(cache: Path) -> str:
     )
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
 def _inside(rows: npt.NDArray[np.int64], count: int) -> bool:
     return len(rows) == 0 or bool(rows.min() >= 0 and rows.max() < count)
 
@@ -514,19 +512,14 @@ class _Shard:
         part: int,
     ) -> _Shard:
         """Open a shard; its length and index must be what the plan says."""
-        path = cache / key
-        refuse_links(cache, key)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = open_object(cache, key)
         except OSError as error:
             raise CacheCorrupt(
                 f"{cache}: {key} cannot be opened ({error.strerror}); {_remedy(cache)}"
             ) from error
-        shard = cls(path, signal, record.crcs(), fd)
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise CacheRefused(f"{path}: expected an ordinary file; {_remedy(cache)}")
-        nbytes = found.st_size
+        shard = cls(cache / key, signal, record.crcs(), fd)
+        nbytes = os.fstat(fd).st_size
         expected = shard_nbytes(signal, windows=windows, part=part)
         if nbytes != expected:
             raise CacheCorrupt(
