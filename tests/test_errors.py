@@ -37,7 +37,7 @@ def test_the_drawing_is_the_tree() -> None:
         if cls is not HadPipeError
     }
     assert drawn() == there
-    assert len(there) == 13
+    assert len(there) == 14
 
 
 def test_exit_codes_are_the_documented_ones_and_groups_do_not_share_them() -> None:
