@@ -46,7 +46,7 @@ from had_pipe.cache.layout import (
     shard_nbytes,
 )
 from had_pipe.cache.loci import WindowTable
-from had_pipe.dna.kmers import K, reverse_complement
+from had_pipe.dna.kmers import KMERS, K, reverse_complement
 from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheRefused
 
 Check = Literal["first", "always", "never"]
@@ -307,6 +307,11 @@ class Cache:
             raise CacheCorrupt(
                 f"{self.path}: {key} is not what the plan says; {_remedy(self.path)}"
             )
+        if not np.isfinite(values).all() or (name == "std" and not (values > 0).all()):
+            raise CacheCorrupt(
+                f"{self.path}: {key} holds numbers that are no {name}: they must be finite, a std "
+                f"positive; {_remedy(self.path)}"
+            )
         return values
 
     def _open_part(self, part: Part) -> _OpenPart:
@@ -343,12 +348,18 @@ class Cache:
             )
             for signal in plan.signals
         ]
+        scale = shards[1].read_all(check=self._check) if len(shards) > 1 else None
+        if scale is not None and not (np.isfinite(scale) & (scale > 0)).all():
+            raise CacheCorrupt(
+                f"{self.path}: part {part}: a scale that is not finite and positive; "
+                f"{_remedy(self.path)}"
+            )
         return _OpenPart(
             kmer_id=kmer_id,
             mask=mask,
             reversed=reverse,
             value=shards[0],
-            scale=shards[1].read_all(check=self._check) if len(shards) > 1 else None,
+            scale=scale,
         )
 
     def _due(self, part: Part, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_] | None:
@@ -362,7 +373,15 @@ class Cache:
 
     def _kmer_chunk(self, split: str, number: int) -> npt.NDArray[np.uint16]:
         shape = (self.plan.part, self.plan.windows.kmers)
-        return self._chunk(f"{DATA}/{split}/kmer_id/c/{number}/0", "uint16", shape)
+        key = f"{DATA}/{split}/kmer_id/c/{number}/0"
+        chunk = self._chunk(key, "uint16", shape)[: self.rows(split) - number * self.plan.part]
+        largest = int(chunk.max())
+        if largest >= KMERS:
+            raise CacheCorrupt(
+                f"{self.path}: {key} holds a k-mer id of {largest:,}, expected less than "
+                f"{KMERS:,}; {_remedy(self.path)}"
+            )
+        return chunk
 
     def _chunk(self, key: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """A whole plan-time chunk: [bytes, crc32c]."""
@@ -378,7 +397,13 @@ class Cache:
         if crc32c.crc32c(memoryview(raw)[:-CRC_NBYTES]) != stored:
             raise CacheCorrupt(f"{self.path}: {key}: wrong CRC32C; {_remedy(self.path)}")
         little = np.dtype(dtype).newbyteorder("<")
-        return np.frombuffer(raw, dtype=little, count=count).reshape(shape)
+        values = np.frombuffer(raw, dtype=little, count=count).reshape(shape)
+        if dtype == "bool" and int(values.view(np.uint8).max()) > 1:
+            raise CacheCorrupt(
+                f"{self.path}: {key} holds bytes that are neither true nor false; "
+                f"{_remedy(self.path)}"
+            )
+        return values
 
     def _object(self, key: str, *, limit: int) -> bytes:
         """A small object's bytes, held against the manifest where there is one."""
