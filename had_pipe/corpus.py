@@ -90,19 +90,24 @@ def read_reference(genome: Genome, *, report: Reporter) -> Reference:
     found: list[tuple[str, int, str]] = []
     other: Counter[str] = Counter()
     nbytes = genome.path.stat().st_size if genome.path.is_file() else 0
-    for contig in read_contigs(genome.path):
-        found.append((contig.name, len(contig.base), contig.digest))
-        other.update(contig.other)
+
+    def tell(total: int) -> None:
         report(
             Progress(
                 what=f"reading {genome.name}",
                 done=len(found),
-                total=len(found),
+                total=total,
                 unit="contigs",
                 seconds=time.monotonic() - begun,
                 facts={"file": f"{nbytes / 1e6:.1f} MB"},
             )
         )
+
+    for contig in read_contigs(genome.path):
+        found.append((contig.name, len(contig.base), contig.digest))
+        other.update(contig.other)
+        tell(0)  # how many there are is known at the end
+    tell(len(found))
     digest = collection_digest(found)
     if genome.digest is not None and genome.digest != digest:
         raise InputError(

@@ -14,6 +14,7 @@ class Progress:
     """The work, as a participle: "extracting", "training", "verifying"."""
     done: int
     total: int
+    """0 while it is not known."""
     unit: str
     """What `done` counts: "windows", "steps", "bytes"."""
     begun: int = 0
@@ -31,7 +32,7 @@ class Progress:
     @property
     def seconds_left(self) -> float | None:
         """Estimate, or None while nothing is known."""
-        return (self.total - self.done) / self.rate if self.rate > 0 else None
+        return (self.total - self.done) / self.rate if self.total and self.rate > 0 else None
 
 
 Reporter = Callable[[Progress], None]

@@ -576,13 +576,13 @@ def test_a_log_has_the_first_moment_one_a_minute_and_the_last() -> None:
 def test_a_log_has_the_end_of_each_piece_of_work_at_once() -> None:
     said: list[str] = []
     lines = shown.Lines(said.append, clock=lambda: 0.0)
-    lines(a_moment(1))
-    lines(a_moment(2))
+    lines(a_moment(1, total=0))
+    lines(a_moment(2, total=0))
     lines(a_moment(3, what="validating"))
     lines(a_moment(100, what="validating"))
     assert [line.split("  ")[:2] for line in said] == [
-        ["training", "1 of 100 steps"],
-        ["training", "2 of 100 steps"],
+        ["training", "1 steps"],
+        ["training", "2 steps"],
         ["validating", "3 of 100 steps"],
         ["validating", "100 of 100 steps"],
     ]
@@ -598,6 +598,7 @@ def test_a_line_of_progress_has_rate_time_left_and_facts() -> None:
         "loss 1.235  device cpu"
     )
     assert shown.describe(a_moment(0)) == "training  0 of 100 steps  0.0 s"
+    assert shown.describe(a_moment(3, total=0)) == "training  3 steps  6.0 s  0.5 steps/s"
     hashing = a_moment(1_000_000, what="verifying", total=4_000_000, unit="bytes", seconds=2.0)
     assert shown.describe(hashing) == "verifying  1 MB of 4 MB  2.0 s  500 kB/s  6.0 s left"
 

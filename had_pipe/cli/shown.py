@@ -122,8 +122,10 @@ def describe(progress: Progress) -> str:
 
 def _counted(progress: Progress) -> str:
     if progress.unit == "bytes":
-        return f"{size(progress.done)} of {size(progress.total)}"
-    return f"{progress.done:,} of {progress.total:,} {progress.unit}"
+        done, total, unit = size(progress.done), size(progress.total), ""
+    else:
+        done, total, unit = f"{progress.done:,}", f"{progress.total:,}", f" {progress.unit}"
+    return f"{done} of {total}{unit}" if progress.total else f"{done}{unit}"
 
 
 def _pace(progress: Progress) -> list[str]:
@@ -159,7 +161,7 @@ class Lines:
             self.finish()
             self._what, self._said_at = progress.what, now - 60
         self._unsaid = progress
-        if now - self._said_at >= 60 or progress.done >= progress.total:
+        if now - self._said_at >= 60 or 0 < progress.total <= progress.done:
             self.finish()
             self._said_at = now
 
@@ -201,11 +203,11 @@ def reporter() -> Iterator[Reporter]:
                 for what, task in list(tasks.items()):
                     if bars.tasks[bars.task_ids.index(task)].finished:
                         bars.remove_task(tasks.pop(what))
-                tasks[progress.what] = bars.add_task(progress.what, total=progress.total, pace="")
+                tasks[progress.what] = bars.add_task(progress.what, total=None, pace="")
             bars.update(
                 tasks[progress.what],
                 completed=progress.done,
-                total=progress.total,
+                total=progress.total or None,
                 pace="  ".join([_counted(progress), *_pace(progress)]),
             )
 
