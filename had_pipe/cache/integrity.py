@@ -1,33 +1,44 @@
 """Which parts are there, sealing a cache, and finding damage.
 
-Only `seal`, `forget` and `clear_work` change anything on disk.
+Only `seal`, `forget` and `clear_work` change anything on disk. Others may work on the cache at the
+same time: receipts are listed first and files after them, so that whatever a receipt tells of is
+seen; what goes meanwhile is no damage.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-import shutil
+import re
+import stat
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from had_pipe.cache.door import open_object
 from had_pipe.cache.layout import (
     DATA,
     MANIFEST,
     PLAN,
+    RECEIPTS,
     WINDOWS,
     WORK,
     Manifest,
     ObjectRecord,
     Part,
     Plan,
+    SplitPlan,
     read_manifest,
     read_plan,
     read_receipt,
 )
+from had_pipe.cache.loci import WindowTable
 from had_pipe.cache.reader import Cache, check_receipt, expected_keys, refuse_endless
 from had_pipe.draws import Purpose, permutation
 from had_pipe.durable import make_folder, storage, sync_folder, write_file
@@ -38,6 +49,10 @@ Level = Literal["structure", "sample", "everything"]
 
 SAMPLE = 20
 """`sample` hashes one of so many large objects."""
+
+_BUFFER = 1 << 18  # read and hashed at once: stays in a core's own cache, where it is fastest
+_TELL_SECONDS = 0.1
+_CLEAR_SECONDS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)  # waited between attempts to clear `.work/`
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,11 @@ class VerifyReport:
 
     cache_id: str
     sealed: bool
+    level: Level
+    share: tuple[int, int]
+    """Which of how many verifications this was; the contents of large objects are shared out."""
+    parts: int
+    """Parts that have receipts."""
     objects: int
     """Objects whose contents were hashed."""
     nbytes: int
@@ -68,18 +88,18 @@ class VerifyReport:
 
 def missing_parts(cache: Path, plan: Plan) -> list[Part]:
     """The parts that have no receipt yet, in order."""
-    return [part for part in plan.parts() if not (cache / part.receipt_key).is_file()]
+    there = _receipt_keys(cache)
+    return [part for part in plan.parts() if part.receipt_key not in there]
 
 
 def numerics_class(cache: Path, plan: Plan) -> Mapping[str, str | int] | None:
     """The class of arithmetic the parts so far were made with; None where there is none yet."""
-    for part in plan.parts():
-        if (cache / part.receipt_key).is_file():
-            return read_receipt(cache, part)[0].numerics
+    for part in _made_parts(cache, plan):
+        return read_receipt(cache, plan, part)[0].numerics
     return None
 
 
-def seal(cache: Path, *, report: Reporter = silent) -> Manifest:
+def seal(cache: Path, *, threads: int | None = None, report: Reporter = silent) -> Manifest:
     """Write the manifest, once every part is there; then `.work/` goes.
 
     Shards are held against their receipts by length; all else is hashed, and the arrays made at
@@ -94,7 +114,7 @@ def seal(cache: Path, *, report: Reporter = silent) -> Manifest:
     objects = {PLAN: _record(raw)}
     numerics = None
     for part in plan.parts():
-        receipt, receipt_raw = read_receipt(cache, part)
+        receipt, receipt_raw = read_receipt(cache, plan, part)
         check_receipt(cache, plan, part, receipt)
         numerics = numerics or receipt.numerics
         if receipt.numerics != numerics:
@@ -105,30 +125,24 @@ def seal(cache: Path, *, report: Reporter = silent) -> Manifest:
         objects[part.receipt_key] = _record(receipt_raw)
         for key, shard in receipt.objects.items():
             objects[key] = ObjectRecord(nbytes=shard.nbytes, sha256=shard.sha256)
-    begun = time.monotonic()
-    keys = sorted(expected_keys(plan))
-    for number, key in enumerate(keys):
-        path = cache / key
-        nbytes = path.stat().st_size if path.is_file() else -1
-        if key in objects:
-            if nbytes != objects[key].nbytes:
-                raise CacheCorrupt(
-                    f"{cache}: {key} has {nbytes:,} bytes, its receipt says "
-                    f"{objects[key].nbytes:,}; run extract-teacher with --repair"
-                )
-        else:
-            if nbytes < 0:
+    unread = {}
+    for key in expected_keys(plan):
+        nbytes = _length(cache, key)
+        if key not in objects:
+            if nbytes is None:
                 raise CacheCorrupt(f"{cache}: {key} is missing; start the cache again")
-            objects[key] = ObjectRecord(nbytes=nbytes, sha256=_hash(path))
-        report(
-            Progress(
-                what="sealing",
-                done=number + 1,
-                total=len(keys),
-                unit="objects",
-                seconds=time.monotonic() - begun,
+            unread[key] = nbytes
+        elif nbytes != objects[key].nbytes:
+            told = "is missing" if nbytes is None else f"has {nbytes:,} bytes"
+            raise CacheCorrupt(
+                f"{cache}: {key} {told}, its receipt says {objects[key].nbytes:,} bytes; run "
+                "extract-teacher with --repair"
             )
-        )
+    read = _hashed(cache, unread, what="sealing", threads=threads, report=report)
+    for key, found in read.items():
+        if isinstance(found, str):
+            raise CacheCorrupt(f"{cache}: {key} {found}; start the cache again")
+        objects[key] = found
     manifest = Manifest.build(plan, objects)
     make_folder(cache / WORK)
     write_file(cache / MANIFEST, manifest.to_json(), aside=cache / WORK)
@@ -137,23 +151,59 @@ def seal(cache: Path, *, report: Reporter = silent) -> Manifest:
 
 
 def clear_work(cache: Path) -> None:
-    """Remove `.work/`; a sealed cache has none."""
-    if (cache / WORK).exists():
+    """Remove `.work/`; a sealed cache has none.
+
+    Others may be about to leave it, and a network file system keeps a removed file for as long as
+    somebody has it open: what cannot go soon is left for the next who comes by.
+    """
+    for seconds in _CLEAR_SECONDS:
+        time.sleep(seconds)
         with storage(cache):
-            shutil.rmtree(cache / WORK)
-            sync_folder(cache)
+            if _removed(cache / WORK):
+                sync_folder(cache)
+                return
 
 
-def verify(cache: Path, *, level: Level = "everything", report: Reporter = silent) -> VerifyReport:
+def _removed(folder: Path) -> bool:
+    """Remove a folder and all in it, whoever else removes or adds; whether it is gone."""
+    for below, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            Path(below, name).unlink(missing_ok=True)
+        try:
+            Path(below).rmdir()
+        except FileNotFoundError:
+            pass
+        except NotADirectoryError:  # a link to a folder: os.walk names it, and does not follow it
+            Path(below).unlink(missing_ok=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+                raise
+    return not os.path.lexists(folder)
+
+
+def verify(
+    cache: Path,
+    *,
+    level: Level = "everything",
+    share: tuple[int, int] = (1, 1),
+    threads: int | None = None,
+    report: Reporter = silent,
+) -> VerifyReport:
     """Look for everything that is not what was written. Never modifies anything.
 
     `structure`: every file present, of the right length, nothing besides; JSON and metadata hashed.
     `sample`: also one of twenty large objects, always the same ones. `everything`: every byte.
-    An unsealed cache is verified as far as it has receipts. Raises CacheRefused where plan.json or
-    the manifest themselves cannot be read.
+    With `share` (i, n), the i-th of n verifications: each does all of `structure`, and together
+    they read every large object once. `threads` hash at once, one a core unless said.
+
+    An unsealed cache is verified as far as it has receipts; others may be extending it. Raises
+    CacheRefused where plan.json or the manifest themselves cannot be read.
     """
+    assert 1 <= share[0] <= share[1]
     plan, raw = read_plan(cache)
-    manifest = read_manifest(cache)
+    manifest = read_manifest(cache, plan)
+    sealed = manifest is not None
+    objects = _Objects(plan)
     problems: list[Problem] = []
     records: dict[str, ObjectRecord] = {PLAN: _record(raw)}
     if manifest is not None:
@@ -166,47 +216,50 @@ def verify(cache: Path, *, level: Level = "everything", report: Reporter = silen
         problems += _key_problems(expected, manifest.objects)
         # Keys that a stranger made up are named, and never followed.
         records = {key: entry for key, entry in manifest.objects.items() if key in expected}
+        parts = list(plan.parts())
     else:
         problems += _planned_problems(cache, plan)
-    for part in plan.parts():
-        problems += _part_problems(cache, plan, part, records, sealed=manifest is not None)
-    problems += _file_problems(cache, records, sealed=manifest is not None)
+        parts = list(_made_parts(cache, plan))
+    for part in parts:
+        problems += _part_problems(cache, plan, part, records, sealed=sealed)
+    seen, strangers = _look_around(cache, objects, sealed=sealed)
+    problems += strangers
+    odd = {problem.key for problem in strangers}
     lengths = {}
-    for key, record in sorted(records.items()):
-        problem = _length_problem(cache, key, record)
-        if problem is None:
-            lengths[key] = record.nbytes
+    for key, record in records.items():
+        if key in odd:
+            continue
+        nbytes = seen.get(key)
+        if nbytes is None:
+            nbytes = _length(cache, key)
+        if nbytes == record.nbytes:
+            lengths[key] = nbytes
         else:
-            problems.append(problem)
-    keys = list(_chosen(lengths, level))
-    nbytes, total, begun = 0, sum(lengths[key] for key in keys), time.monotonic()
-    for key in keys:
-        found = _hash(cache / key)
-        if found != records[key].sha256:
-            problems.append(
-                Problem(
-                    key,
-                    f"SHA-256 {found[:12]}...",
-                    f"{records[key].sha256[:12]}...",
-                    _remedy(key),
-                )
-            )
-        nbytes += lengths[key]
-        report(
-            Progress(
-                what="verifying",
-                done=nbytes,
-                total=total,
-                unit="bytes",
-                seconds=time.monotonic() - begun,
-            )
-        )
+            told = "missing" if nbytes is None else f"{nbytes:,} bytes"
+            problems.append(Problem(key, told, f"{record.nbytes:,} bytes", _remedy(key)))
+    chosen = {key: lengths[key] for key in _chosen(records, level, share) if key in lengths}
+    hashed = 0
+    read = _hashed(cache, chosen, what="verifying", threads=threads, report=report)
+    for key, found in read.items():
+        if isinstance(found, str):
+            problems.append(Problem(key, found, "to be read", _remedy(key)))
+            continue
+        hashed += found.nbytes
+        if found.sha256 != records[key].sha256:
+            problems.append(_other_contents(key, found, records[key]))
     unique = {(problem.key, problem.found): problem for problem in problems}
+    if not sealed:
+        unique = {
+            at: problem for at, problem in unique.items() if not _withdrawn(cache, objects, problem)
+        }
     return VerifyReport(
         cache_id=manifest.id if manifest else plan.id,
-        sealed=manifest is not None,
-        objects=len(keys),
-        nbytes=nbytes,
+        sealed=sealed,
+        level=level,
+        share=share,
+        parts=sum(part.receipt_key in seen for part in parts),
+        objects=len(chosen),
+        nbytes=hashed,
         problems=tuple(sorted(unique.values(), key=lambda problem: problem.key)),
     )
 
@@ -214,42 +267,233 @@ def verify(cache: Path, *, level: Level = "everything", report: Reporter = silen
 def forget(cache: Path, parts: Iterable[Part]) -> None:
     """Take back the receipts of damaged parts, and the seal, so that they are extracted again.
 
-    The caller holds the cache's lock.
+    Shards stay until others replace them, but what is no file goes. The caller holds the cache's
+    lock.
     """
     with storage(cache):
-        if (cache / MANIFEST).exists():
-            (cache / MANIFEST).unlink()
+        if os.path.lexists(cache / MANIFEST):
+            _remove(cache / MANIFEST)
             sync_folder(cache)
+        parts = list(parts)
+        signals = read_plan(cache)[0].signals if parts else ()
         for part in parts:
             receipt = cache / part.receipt_key
-            receipt.unlink(missing_ok=True)
+            _remove(receipt)
             if receipt.parent.is_dir():
                 sync_folder(receipt.parent)
+            for signal in signals:
+                shard = cache / part.shard_key(signal)
+                if shard.is_symlink() or not shard.is_file():
+                    _remove(shard)
 
 
 def damaged_parts(plan: Plan, problems: Iterable[Problem]) -> tuple[list[Part], list[Problem]]:
     """The parts that extraction can make again, and the problems that it cannot mend."""
-    of_key = {}
-    for part in plan.parts():
-        of_key[part.receipt_key] = part
-        for signal in plan.signals:
-            of_key[part.shard_key(signal)] = part
-    parts = {of_key[problem.key] for problem in problems if problem.key in of_key}
-    return sorted(parts), [problem for problem in problems if problem.key not in of_key]
+    objects = _Objects(plan)
+    parts, beyond = set(), []
+    for problem in problems:
+        part = objects.part(problem.key)
+        if part is None:
+            beyond.append(problem)
+        else:
+            parts.add(part)
+    return sorted(parts), beyond
+
+
+class _Objects:
+    """What a key names, worked out from the key alone: a plan may have millions of parts."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._parts = {name: -(-split.windows // plan.part) for name, split in plan.splits.items()}
+        self._views = {name: frozenset(split.views) for name, split in plan.splits.items()}
+        self._first = {name: str(split.views[0]) for name, split in plan.splits.items()}
+        # A plan of the same kind, of one window a split: its keys stand for all.
+        small = {
+            name: SplitPlan(windows=1, views=split.views[:1]) for name, split in plan.splits.items()
+        }
+        of_one = plan.model_copy(update={"splits": small})
+        self._files = expected_keys(of_one)
+        self._folders = {str(parent) for key in self._files for parent in Path(key).parents}
+        self._of_parts = {
+            key
+            for part in of_one.parts()
+            for key in (part.receipt_key, *(part.shard_key(signal) for signal in plan.signals))
+        }
+
+    def part(self, key: str) -> Part | None:
+        """The part whose receipt or shard an object is."""
+        like, part = self._like(key)
+        return part if like in self._of_parts else None
+
+    def is_file(self, key: str) -> bool:
+        """Whether a sealed cache holds such a file, its manifest apart."""
+        return self._like(key)[0] in self._files
+
+    def is_folder(self, key: str) -> bool:
+        return self._like(key)[0] in self._folders
+
+    def _like(self, key: str) -> tuple[str, Part | None]:
+        """The key of the first object of its kind, and the part whose number a key bears."""
+        words = key.split("/")
+        split = words[1] if len(words) > 1 else ""
+        if words[0] not in (DATA, RECEIPTS) or split not in self._parts or len(words) < 3:
+            return key, None
+        view = _number(words[2], "{}")
+        if view in self._views[split]:
+            words[2] = self._first[split]
+        place, spelling = 3, "{:05d}.json"
+        if words[0] == DATA:
+            place, spelling = (words.index("c") + 1 if "c" in words else len(words)), "{}"
+        number = _number(words[place], spelling) if place < len(words) else None
+        if number is None or number >= self._parts[split]:
+            return "/".join(words), None
+        words[place] = spelling.format(0)
+        return "/".join(words), None if view is None else Part(split, view, number)
+
+
+def _number(word: str, spelling: str) -> int | None:
+    """The number that is spelt so, if one is."""
+    digits = word.removesuffix(".json")
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 20):
+        return None
+    return int(digits) if spelling.format(int(digits)) == word else None
+
+
+def _receipt_keys(cache: Path) -> set[str]:
+    """Every receipt there is, by listing: asking for each part takes a network disk minutes."""
+    folders = [RECEIPTS]
+    with storage(cache):
+        for _ in range(2):
+            folders = [
+                f"{folder}/{entry.name}"
+                for folder in folders
+                for entry in _entries(cache / folder)
+                if os.path.isdir(entry)  # noqa: PTH112  (a DirEntry raises where links turn)
+            ]
+        return {
+            f"{folder}/{entry.name}"
+            for folder in folders
+            for entry in _entries(cache / folder)
+            if entry.is_file(follow_symlinks=False)
+            or (entry.is_symlink() and os.path.isfile(entry))  # noqa: PTH113
+        }
+
+
+def _made_parts(cache: Path, plan: Plan) -> list[Part]:
+    """The parts that have a receipt."""
+    objects = _Objects(plan)
+    return sorted(part for key in _receipt_keys(cache) if (part := objects.part(key)))
+
+
+def _entries(folder: Path) -> Sequence[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+
+
+def _length(cache: Path, key: str) -> int | None:
+    """Length of an ordinary file that no link leads to; None where there is none."""
+    try:
+        with os.fdopen(open_object(cache, key), "rb", buffering=0) as file:
+            return os.fstat(file.fileno()).st_size
+    except (CacheError, OSError):
+        return None
+
+
+def _remove(path: Path) -> None:
+    """Remove whatever stands where a file belongs."""
+    if not path.is_symlink() and path.is_dir():
+        try:
+            path.rmdir()
+        except OSError as error:
+            raise CacheCorrupt(
+                f"{path}: a folder with something in it stands where a file belongs; remove it, "
+                "then run the same command again"
+            ) from error
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _record(raw: bytes) -> ObjectRecord:
     return ObjectRecord(nbytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hashed(
+    cache: Path,
+    lengths: Mapping[str, int],
+    *,
+    what: str,
+    threads: int | None,
+    report: Reporter,
+) -> dict[str, ObjectRecord | str]:
+    """What objects hold, or why one cannot be read; the largest first, told in bytes."""
+    threads = threads or len(os.sched_getaffinity(0))
+    total, begun, done = sum(lengths.values()), time.monotonic(), 0
+    counting, stopped = threading.Lock(), threading.Event()
+
+    def advance(nbytes: int) -> bool:
+        nonlocal done
+        with counting:
+            done += nbytes
+        return not stopped.is_set()
+
+    def tell() -> None:
+        seconds = time.monotonic() - begun
+        report(Progress(what=what, done=done, total=total, unit="bytes", seconds=seconds))
+
+    found: dict[str, ObjectRecord | str] = {}
+    keys = iter(sorted(lengths, key=lambda key: (-lengths[key], key)))
+    running: dict[Future[ObjectRecord | str], str] = {}
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="had-pipe hash")
+    try:
+        told = begun
+        while True:
+            # A few beyond those at work, and no more: a cache may have a million objects.
+            for key in islice(keys, 4 * threads - len(running)):
+                running[pool.submit(_read, cache, key, lengths[key], advance)] = key
+            if not running:
+                break
+            ended, _ = wait(running, timeout=_TELL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in ended:
+                found[running.pop(future)] = future.result()
+            if time.monotonic() - told >= _TELL_SECONDS:
+                tell()
+                told = time.monotonic()
+    finally:
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
+    if lengths:
+        tell()
+    return found
+
+
+def _read(cache: Path, key: str, nbytes: int, advance: Callable[[int], bool]) -> ObjectRecord | str:
+    """Hash one file, as long as `advance` says to go on; a disk that fails is an answer too."""
+    digest, done = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(min(_BUFFER, nbytes + 1)))
+    try:
+        with os.fdopen(open_object(cache, key), "rb", buffering=0) as file:
+            while got := file.readinto(buffer):
+                digest.update(buffer[:got])
+                done += got
+                if done > nbytes:
+                    return f"more than {nbytes:,} bytes"
+                if not advance(got):
+                    break
+    except CacheError as error:
+        return str(error)
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return ObjectRecord(nbytes=done, sha256=digest.hexdigest())
 
 
 def _remedy(key: str) -> str:
     of_part = "/embedding/" in key and "/c/" in key and not key.startswith(f"{DATA}/statistics/")
-    if of_part or key.startswith("parts/"):
+    if of_part or key.startswith(f"{RECEIPTS}/"):
         return "`had-pipe extract-teacher RECIPE --repair` makes this part again; or copy it again"
     return "made when the cache was planned: copy it again, or make the cache anew"
 
@@ -264,9 +508,15 @@ def _key_problems(expected: set[str], found: Mapping[str, object]) -> Iterator[P
         yield Problem(key, "in the manifest", "no such object in the plan", _AGAIN)
 
 
+def _other_contents(key: str, found: ObjectRecord, expected: ObjectRecord) -> Problem:
+    return Problem(
+        key, f"SHA-256 {found.sha256[:12]}...", f"{expected.sha256[:12]}...", _remedy(key)
+    )
+
+
 def _planned_problems(cache: Path, plan: Plan) -> Iterator[Problem]:
     """What was made at plan time against the digests in the plan."""
-    found: dict[str, Any] = {"windows": _windows_digest(cache / WINDOWS)}
+    found: dict[str, Any] = {"windows": _windows_digest(cache, plan)}
     try:
         opened = Cache(cache, plan, None, check="always")
         found |= {"statistics/embedding/mean": hashlib.sha256(opened.mean.data)}
@@ -289,24 +539,14 @@ def _planned_problems(cache: Path, plan: Plan) -> Iterator[Problem]:
             yield Problem(key, f"contents {digest}", f"{expected}", _remedy(key))
 
 
-def _windows_digest(path: Path) -> Any:
+def _windows_digest(cache: Path, plan: Plan) -> Any:
     """The digest of the window table, taken of its text as docs/cache-format.md says."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     lines = hashlib.sha256()
-    if path.is_symlink() or not path.is_file():
-        return lines
-    names = ("split", "window", "genome", "contig", "start", "soft_masked_bases", "index")
     try:
-        with path.open("rb") as file, pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(columns=list(names)):
-                columns = [batch.column(name).to_pylist() for name in names]
-                text = "".join(
-                    "\t".join(map(str, row)) + "\n" for row in zip(*columns, strict=True)
-                )
-                lines.update(text.encode())
-    except (pa.ArrowException, OSError, LookupError):
+        with WindowTable(cache, plan) as table:
+            for some in table.lines():
+                lines.update(some)
+    except CacheError:
         lines.update(b"unreadable")  # the digest of no table
     return lines
 
@@ -314,17 +554,19 @@ def _windows_digest(path: Path) -> Any:
 def _part_problems(
     cache: Path, plan: Plan, part: Part, records: dict[str, ObjectRecord], *, sealed: bool
 ) -> Iterator[Problem]:
-    """A receipt against plan and manifest; an unsealed cache takes its records from receipts."""
+    """A receipt against plan and manifest; an unsealed cache takes its records from receipts.
+
+    A receipt that is not the manifest's is told of where objects are hashed.
+    """
     key = part.receipt_key
-    if not (cache / key).is_file():
-        if sealed:
-            yield Problem(key, "missing", "a receipt", _remedy(key))
-        return
     try:
-        receipt, raw = read_receipt(cache, part)
+        receipt, raw = read_receipt(cache, plan, part)
+        if sealed and records.get(key) != _record(raw):
+            return
         check_receipt(cache, plan, part, receipt)
-    except CacheError as error:
-        yield Problem(key, str(error), "a receipt of this part", _remedy(key))
+    except (CacheError, OSError) as error:
+        if not sealed:
+            yield Problem(key, str(error), "a receipt of this part", _remedy(key))
         return
     for shard, record in receipt.objects.items():
         entry = ObjectRecord(nbytes=record.nbytes, sha256=record.sha256)
@@ -336,43 +578,70 @@ def _part_problems(
         records[key] = _record(raw)
 
 
-def _file_problems(
-    cache: Path, records: Mapping[str, object], *, sealed: bool
-) -> Iterator[Problem]:
-    """Links, special files, and what does not belong there."""
-    folders = {parent.as_posix() for key in records for parent in Path(key).parents}
-    for folder, names, files in os.walk(cache):
-        here = Path(folder).relative_to(cache)
-        if here == Path():
-            names[:] = [name for name in names if sealed or name != WORK]
-        for name in (*names, *files):
-            path = Path(folder, name)
-            key = (here / name).as_posix()
-            if path.is_symlink() or not (path.is_dir() or path.is_file()):
-                yield Problem(key, "a link or special file", "an ordinary file", "remove it")
-            elif sealed and key not in records and key not in folders and key != MANIFEST:
-                kind = "a folder" if path.is_dir() else "a file"
-                yield Problem(key, kind, "nothing of that name", "remove it")
+def _withdrawn(cache: Path, objects: _Objects, problem: Problem) -> bool:
+    """Whether the part a problem is about was taken back meanwhile."""
+    part = objects.part(problem.key)
+    return part is not None and not os.path.lexists(cache / part.receipt_key)
 
 
-def _length_problem(cache: Path, key: str, record: ObjectRecord) -> Problem | None:
-    path = cache / key
-    if path.is_symlink() or not path.is_file():
-        return Problem(key, "missing", "a file", _remedy(key))
-    nbytes = path.stat().st_size
-    if nbytes != record.nbytes:
-        return Problem(key, f"{nbytes:,} bytes", f"{record.nbytes:,}", _remedy(key))
-    return None
+def _look_around(
+    cache: Path, objects: _Objects, *, sealed: bool
+) -> tuple[dict[str, int], list[Problem]]:
+    """The lengths of the cache's files; links, special files, and what does not belong there.
+
+    No link is followed. What goes while we look was never part of the cache.
+    """
+    seen: dict[str, int] = {}
+    problems = []
+    folders = [""]
+    while folders:
+        below = folders.pop()
+        try:
+            entries = _entries(cache / below)
+        except OSError as error:
+            told = f"cannot be listed ({error.strerror})"
+            problems.append(Problem(below, told, "a folder", _AGAIN))
+            continue
+        for entry in entries:
+            key = f"{below}{entry.name}"
+            wanted = "a file" if objects.is_file(key) or key == MANIFEST else ""
+            wanted = "a folder" if objects.is_folder(key) else wanted
+            if key == WORK and not entry.is_symlink():
+                if sealed:
+                    problems.append(Problem(key, "a folder", "nothing of that name", _LEFT))
+                continue
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                kind = "a folder"
+                folders.append(f"{key}/")
+            elif stat.S_ISREG(status.st_mode):
+                kind = "a file"
+                seen[key] = status.st_size
+            else:
+                kind = "a link or special file"
+            if kind != wanted:
+                remedy = "remove it" if not wanted else f"remove it; then {_remedy(key)}"
+                problems.append(Problem(key, kind, wanted or "nothing of that name", remedy))
+    return seen, problems
 
 
-def _chosen(lengths: Mapping[str, int], level: Level) -> Iterator[str]:
-    """The keys whose contents are hashed at a level."""
-    if level == "everything":
-        yield from lengths
-        return
-    small = [key for key in lengths if key.endswith(".json") or key == WINDOWS]
+_LEFT = "a stopped process left it: run the same extract-teacher command again, or remove it"
+
+
+def _chosen(records: Mapping[str, object], level: Level, share: tuple[int, int]) -> Iterator[str]:
+    """The keys whose contents one of so many verifications hashes at a level."""
+    small = [key for key in records if key.endswith(".json") or key == WINDOWS]
     yield from small
+    large = sorted(set(records) - set(small))
+    if level == "structure":
+        return
     if level == "sample":
-        large = sorted(set(lengths) - set(small))
         order = permutation(Purpose.VERIFY_SAMPLE, 0, 0, len(large))
-        yield from (large[place] for place in order[: -(-len(large) // SAMPLE)])
+        large = [large[place] for place in order[: -(-len(large) // SAMPLE)]]
+    # By the numbers in the key, so part by part in turn, and whatever other keys there are: another
+    # verification may see more parts of a cache that is being made.
+    turns = (sum(map(int, re.findall(r"[0-9]+", key))) % share[1] for key in large)
+    yield from (key for key, turn in zip(large, turns, strict=True) if turn == share[0] - 1)
