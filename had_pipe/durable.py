@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,10 +77,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, each durably."""
+def make_folder(folder: Path, *, below: Path | None = None) -> None:
+    """Create a folder and its parents, each durably.
+
+    Under `below` those that exist are synced into their parents too: another process may just have
+    made them, and not come to it yet.
+    """
     missing = []
-    while not folder.exists():
+    while not folder.exists() or (below is not None and below in folder.parents):
         missing.append(folder)
         folder = folder.parent
     for new in reversed(missing):
@@ -97,7 +102,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 def write_file(final: Path, data: bytes, *, aside: Path) -> None:
     """Write one file durably by way of the folder `aside`, on the same file system."""
-    temporary = aside / f"{final.name}.{os.getpid()}.tmp"
+    temporary = aside / f"{final.name}.{uuid.uuid4().hex}.tmp"
     try:
         with storage(final), temporary.open("wb") as file:
             file.write(data)

@@ -1,23 +1,24 @@
 """Stage one: a teacher over genomes into a cache, continued after any stop.
 
-The plan is made first, under a lock, and written before any embedding: after it, parts need only
-the cache and the teacher. One part after another is embedded in batches of one fixed shape, while
-a thread hashes and writes what came before. Receipts alone tell which parts exist. Students,
-streams and training are none of its business.
+The plan is made first, by one process, and written before any embedding: after it, parts need only
+the cache and the teacher. Any number of processes work on one cache at once: each takes a lease on
+a part, makes it, and goes on to the next; receipts alone tell which parts exist, and whoever sees
+the last one seals. Students, streams and training are none of its business.
 
 W windows of a batch, T k-mers per window, G stored groups, D channels.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
+import re
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +26,28 @@ import numpy.typing as npt
 from had_pipe import corpus
 from had_pipe.cache import Cache, Codec, Part, Plan, Statistics, integrity, layout, writer
 from had_pipe.cache.codec import fidelity
-from had_pipe.dna.kmers import reverse_complement
-from had_pipe.durable import free_nbytes
+from had_pipe.cache.layout import Receipt
+from had_pipe.durable import free_files, free_nbytes
 from had_pipe.errors import (
     CacheCorrupt,
-    CacheMismatch,
     CacheRefused,
+    Interrupted,
     NonFiniteError,
+    RecipeError,
     StorageError,
 )
-from had_pipe.hold import held
-from had_pipe.job import Job, batch_windows, check_same, check_teacher, describe, given_statistics
+from had_pipe.hold import Lease
+from had_pipe.job import Job, check_same, check_teacher, describe, given_statistics
+from had_pipe.parts import (
+    PartMaker,
+    batch_windows,
+    embed_batch,
+    lease_of,
+    lock_of,
+    not_finite,
+    to_numpy,
+    waiting,
+)
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe
 from had_pipe.teachers.teacher import Teacher
@@ -44,7 +56,29 @@ from had_pipe.teachers.teacher import Teacher
 _CALIBRATION_GROUPS = 1 << 15
 _HELD_OUT_GROUPS = 1 << 13
 
-_WAITING_BATCHES = 4  # embedded, not yet written
+_LOOK_SECONDS = 0.5  # between two looks at parts that others are making
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of several jobs' part of the work: every `of`-th part, from `number`, counted from 1."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From "3/8". Raises RecipeError."""
+        found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise RecipeError(
+                f"--share {text}: expected I/N with I from 1 to N, for example 3/8 for the third "
+                "of eight jobs"
+            )
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +86,17 @@ class ExtractSummary:
     """What a call of `extract` found and made."""
 
     path: Path
-    cache_id: str
+    cache_id: str | None
+    """None while parts are missing."""
     windows: int
     """Windows of the cache, views counted apart."""
     parts_made: int
+    """By this call."""
+    parts_left: int
+    """Of the whole cache, that nobody has made yet."""
     parts_total: int
     nbytes: int
+    """Of the finished cache; of its shards, while parts are missing."""
     seconds: float
     """Spent on the parts made in this call."""
     windows_per_second: float
@@ -70,53 +109,77 @@ def extract(
     device: str = "auto",
     offline: bool = False,
     repair: bool = False,
+    share: Share | None = None,
+    stopping: Callable[[], bool] = lambda: False,
     report: Reporter = silent,
     teacher: Teacher | None = None,
 ) -> ExtractSummary:
-    """Make the recipe's cache, or continue it, or say that nothing is left.
+    """Make the recipe's cache, or continue it, or help others with it, or say that nothing is left.
 
-    `repair` hashes every finished part first and makes those again that are not what was written.
-    `teacher` stands in for the recipe's, for people whose teacher is a Python object.
+    With a `share` only its parts are made, and the cache is sealed if these were the last. `repair`
+    hashes every finished part first and makes those again that are not what was written. Once
+    `stopping` says so, the parts in work are finished and Interrupted is raised. `teacher` stands
+    in for the recipe's, for people whose teacher is a Python object.
     Raises any HadPipeError; whatever was committed stays.
     """
     asked = Job.of(recipe)
     path = asked.cache.path
-    references = [corpus.read_reference(genome, report=report) for genome in asked.genomes]
     if teacher is None:
         teacher = asked.load(device, offline)
-    check_teacher(teacher, asked.windows)
-    described = describe(asked, references, teacher)
-    given = given_statistics(asked, teacher)
-    if (path / layout.MANIFEST).exists() and not repair:
-        check_same(path, described, given)
-        if (path / layout.WORK).exists():  # killed between sealing and tidying up
-            with _held(path):
-                integrity.clear_work(path)
-        return _summary(path, made=0, windows=0, seconds=0.0)
-    check_free_for_us(path)
-    with _held(path):
-        writer.clear_temporaries(path)
-        if (path / layout.PLAN).exists():
-            plan = check_same(path, described, given)
-        else:
-            plan = _make_plan(asked, references, teacher, described, given, report)
-        if repair:
-            _repair(path, plan, report)
-        if (path / layout.MANIFEST).exists():
-            integrity.clear_work(path)
-            return _summary(path, made=0, windows=0, seconds=0.0)
-        parts = integrity.missing_parts(path, plan)
-        numerics = {**teacher.numerics, "batch": batch_windows(teacher, asked)}
-        _check_numerics(path, plan, numerics)
-        _check_space(path, plan, parts)
+    plan = ensure_plan(asked, teacher, repair=repair, report=report)
+    made, windows, seconds = 0, 0, 0.0
+    if not (path / layout.MANIFEST).exists():
         begun = time.monotonic()
-        windows = _make_parts(path, plan, parts, teacher, numerics, report)
+        made, windows = _make_parts(path, plan, teacher, share, stopping, report)
         seconds = time.monotonic() - begun
-        integrity.seal(path, report=report)
-    return _summary(path, made=len(parts), windows=windows, seconds=seconds)
+    seal_if_whole(path, plan, report=report)
+    return summary(path, made=made, windows=windows, seconds=seconds)
+
+
+def parts_of(plan: Plan, share: Share | None) -> list[Part]:
+    """The parts of a share, or all."""
+    parts = list(plan.parts())
+    return parts if share is None else parts[share.number - 1 :: share.of]
 
 
 # Making the plan
+
+
+def ensure_plan(
+    asked: Job, teacher: Teacher, *, repair: bool = False, report: Reporter = silent
+) -> Plan:
+    """The recipe's plan on disk: made here, or by whoever came first, and then held against it.
+
+    With `repair`, receipts of damaged parts, and the seal, are taken back as well.
+    """
+    path = asked.cache.path
+    check_teacher(teacher, asked.windows)
+    references = [corpus.read_reference(genome, report=report) for genome in asked.genomes]
+    described = describe(asked, references, teacher)
+    given = given_statistics(asked, teacher)
+    if (path / layout.PLAN).exists() and not repair:
+        return check_same(path, described, given)
+    check_free_for_us(path)
+    begun = time.monotonic()
+
+    def waited(lease: Lease) -> None:
+        report(
+            Progress(
+                what=f"waiting for {lease.holder}, which is planning",
+                done=0,
+                total=1,
+                unit="plan",
+                seconds=time.monotonic() - begun,
+            )
+        )
+
+    with waiting(lock_of(path, "plan"), waited):
+        if not (path / layout.PLAN).exists():
+            return _make_plan(asked, references, teacher, described, given, report)
+        plan = check_same(path, described, given)
+        if repair:
+            _repair(path, plan, report)
+        return plan
 
 
 def _make_plan(
@@ -159,18 +222,19 @@ def _sample(
     """Embeddings (W, G, D) of the first rows of a split, for calibration and fidelity."""
     groups = _HELD_OUT_GROUPS + (0 if given else _CALIBRATION_GROUPS)
     windows = min(len(data.kmer_id), -(-groups // asked.windows.stored))
-    batch = batch_windows(teacher, asked)
+    batch = batch_windows(teacher, kmers=asked.windows.kmers, part=asked.cache.part)
     begun, sample = time.monotonic(), []
     for first in range(0, windows, batch):
         some = slice(first, min(first + batch, windows))
-        seen = _Seen.of(
-            asked.windows.store,
-            asked.teacher.input,
+        embedding = embed_batch(
+            teacher,
             data.kmer_id[some],
             data.mask[0][some],
             data.reversed[0][some],
+            store=asked.windows.store,
+            shown=asked.teacher.input,
+            batch=batch,
         )
-        embedding = _embed(teacher, seen, batch)
         bad = not_finite(embedding)
         if bad is not None:
             table, row = data.table, first + bad
@@ -179,7 +243,7 @@ def _sample(
                 f"{table.contigs[table.contig[row]]}:{table.start[row]} (0-based), while "
                 "calibrating; look at its weights, layer and arithmetic"
             )
-        sample.append(_to_numpy(embedding).astype(np.float32))
+        sample.append(to_numpy(embedding).astype(np.float32))
         report(
             Progress(
                 what="calibrating",
@@ -195,200 +259,113 @@ def _sample(
 # Making parts
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What the teacher is shown of some windows, and which groups of it are kept."""
-
-    kmer_id: npt.NDArray[np.uint16]
-    """(W, T), on the strand of the view."""
-    hidden: npt.NDArray[np.bool_]
-    """(W, T)"""
-    kept: npt.NDArray[np.int64]
-    """(W, G)"""
-
-    @staticmethod
-    def of(
-        store: str,
-        shown: str,
-        kmer_id: npt.NDArray[np.uint16],
-        mask: npt.NDArray[np.bool_],
-        reverse: npt.NDArray[np.bool_],
-    ) -> _Seen:
-        kept = {"visible": ~mask, "masked": mask, "all": np.ones_like(mask)}[store]
-        return _Seen(
-            kmer_id=np.where(reverse[:, None], reverse_complement(kmer_id), kmer_id),
-            hidden=mask if shown == "masked" else np.zeros_like(mask),
-            kept=np.nonzero(kept)[1].reshape(len(mask), -1),
-        )
-
-
-def _embed(teacher: Teacher, seen: _Seen, batch: int) -> Any:
-    """Embeddings of the kept groups (W, G, D), on the teacher's device.
-
-    A short batch is filled up with its last window, so that the teacher sees one shape only: on a
-    GPU another shape may mean another kernel and other bits.
-    """
-    windows = len(seen.kmer_id)
-    fill = np.minimum(np.arange(batch), windows - 1)
-    embedding = teacher.embed(seen.kmer_id[fill], seen.hidden[fill])
-    rows = np.arange(windows)[:, None]
-    if isinstance(embedding, np.ndarray):
-        return embedding[rows, seen.kept]
-    import torch
-
-    device = embedding.device
-    return embedding[torch.from_numpy(rows).to(device), torch.from_numpy(seen.kept).to(device)]
-
-
 def _make_parts(
     path: Path,
     plan: Plan,
-    parts: Sequence[Part],
     teacher: Teacher,
-    numerics: Mapping[str, str | int],
+    share: Share | None,
+    stopping: Callable[[], bool],
     report: Reporter,
-) -> int:
-    """Embed and commit parts, writing behind the forward pass; windows made."""
-    cache = Cache.open(path, incomplete=True)
-    batch = int(numerics["batch"])
-    codec = cache.codec
-    total = sum(plan.part_windows(part) for part in plan.parts())
-    made, left = 0, sum(plan.part_windows(part) for part in parts)
-    begun = time.monotonic()
-    mean, std = None, None
-    with _Behind(path, plan, numerics) as behind:
-        for part in parts:
-            first = part.number * plan.part
-            rows = np.arange(first, first + plan.part_windows(part))
-            kmer_id, mask, reverse = cache.seen(part)
-            for start in range(0, len(rows), batch):
-                some = slice(start, start + batch)
-                seen = _Seen.of(
-                    plan.windows.store,
-                    plan.teacher.input,
-                    kmer_id[some],
-                    mask[some],
-                    reverse[some],
-                )
-                embedding = _embed(teacher, seen, batch)
-                if mean is None:
-                    mean, std = _like(cache.mean, embedding), _like(cache.std, embedding)
-                bad = not_finite(embedding)
-                if bad is not None:
-                    _refuse_window(cache, part, int(rows[start + bad]))
-                value, scale = codec.encode(embedding, mean, std)
-                stored = [_to_numpy(x) for x in (value, scale) if x is not None]
-                behind.put(part, stored, last=start + batch >= len(rows))
-                made += len(seen.kmer_id)
-                report(
-                    Progress(
-                        what="extracting",
-                        done=total - left + made,
-                        begun=total - left,
-                        total=total,
-                        unit="windows",
-                        seconds=time.monotonic() - begun,
-                        facts={"part": str(part)},
+) -> tuple[int, int]:
+    """Make what is missing of a share, along with whoever else is at it: parts and windows made."""
+    mine = parts_of(plan, share)
+    left = [part for part in mine if not _there(path, part)]
+    check_room(path, plan, left)
+    tally = _Tally(plan, mine, left, report)
+    with PartMaker(path, teacher) as maker:
+        in_work: deque[Future[Receipt | None]] = deque()
+        leases: dict[Part, Lease] = {}
+        while left:
+            before = tally.parts
+            for part in left:
+                while in_work and (in_work[0].done() or stopping()):
+                    tally.committed(in_work.popleft().result())
+                if stopping():
+                    missing = len(integrity.missing_parts(path, plan))
+                    raise Interrupted(
+                        f"{path}: stopped after the parts in work; {missing:,} of "
+                        f"{plan.part_count:,} are still to be made: run the same command again"
                     )
-                )
-    return made
+                if _there(path, part):
+                    continue
+                lease = leases.setdefault(part, lease_of(path, part))
+                if not lease.take():
+                    continue  # asked again later: this is how a silent holder is found out
+                del leases[part]
+                if _there(path, part):
+                    lease.release()
+                    continue
+                check_room(path, plan, [part])
+                in_work.append(maker.make(part, lease, partial(tally.embedded, part)))
+            while in_work:
+                tally.committed(in_work.popleft().result())
+            left = [part for part in left if not _there(path, part)]
+            if left and tally.parts == before:
+                tally.waiting_for(left, leases)
+                time.sleep(_LOOK_SECONDS)
+    return tally.parts, tally.windows
 
 
-class _Behind:
-    """Writes parts in a thread, in the order in which their batches come."""
+class _Tally:
+    """What this process has made of its parts, told as it goes."""
 
-    def __init__(self, path: Path, plan: Plan, numerics: Mapping[str, str | int]) -> None:
-        self._path, self._plan, self._numerics = path, plan, numerics
-        self._queue: queue.Queue[tuple[Part, list[Any], bool] | None] = queue.Queue(
-            maxsize=_WAITING_BATCHES
+    def __init__(
+        self, plan: Plan, mine: Sequence[Part], left: Sequence[Part], report: Reporter
+    ) -> None:
+        self._total = sum(plan.part_windows(part) for part in mine)
+        self._begun = self._total - sum(plan.part_windows(part) for part in left)
+        self._embedded = 0
+        self._report = report
+        self._since = time.monotonic()
+        self.parts = 0
+        self.windows = 0
+
+    def embedded(self, part: Part, windows: int) -> None:
+        self._embedded += windows
+        self._tell("extracting", {"part": str(part)})
+
+    def committed(self, receipt: Receipt | None) -> None:
+        if receipt is not None:
+            self.parts += 1
+            self.windows += receipt.windows
+
+    def waiting_for(self, left: Sequence[Part], leases: Mapping[Part, Lease]) -> None:
+        part = left[0]
+        who = leases[part].holder if part in leases else "another process"
+        self._tell("waiting", {"for": f"{who} at {part}"})
+
+    def _tell(self, what: str, facts: Mapping[str, str]) -> None:
+        self._report(
+            Progress(
+                what=what,
+                done=self._begun + self._embedded,
+                begun=self._begun,
+                total=self._total,
+                unit="windows",
+                seconds=time.monotonic() - self._since,
+                facts=facts,
+            )
         )
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="had-pipe writer", daemon=True)
-
-    def __enter__(self) -> _Behind:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Whether all went well or not, what is whole is committed and what is not is discarded.
-        self._queue.put(None)
-        self._thread.join()
-        if self._error is not None and kind is None:
-            raise self._error
-
-    def put(self, part: Part, stored: list[Any], *, last: bool) -> None:
-        """The next batch of a part; `last` commits it."""
-        if self._error is not None:
-            raise self._error
-        self._queue.put((part, stored, last))
-
-    def _run(self) -> None:
-        try:
-            while (item := self._queue.get()) is not None:
-                self._write_part(item)
-        except BaseException as error:  # handed to the thread that extracts
-            self._error = error
-            # It may be waiting for room; what still comes is not written.
-            while self._queue.get() is not None:
-                pass
-
-    def _write_part(self, item: tuple[Part, list[Any], bool] | None) -> None:
-        assert item is not None
-        part = item[0]
-        with writer.PartWriter(self._path, self._plan, part, numerics=self._numerics) as out:
-            while item is not None:
-                _, stored, last = item
-                out.append(*stored)
-                if last:
-                    out.commit()
-                    return
-                item = self._queue.get()
-            self._queue.put(None)  # stopped in the middle of a part, which is discarded
 
 
-def _refuse_window(cache: Cache, part: Part, row: int) -> None:
-    locus = cache.locus(part.split, row)
-    end = locus.start + cache.plan.windows.bases
-    raise NonFiniteError(
-        f"the teacher gives NaN or infinity for {locus.genome} {locus.contig}:{locus.start}-{end} "
-        f"(0-based, half-open), window {row} of {part.split}, view {part.view}. Parts before it "
-        "are kept; look at the teacher's weights, layer and arithmetic"
-    )
+def _there(path: Path, part: Part) -> bool:
+    return (path / part.receipt_key).is_file()
 
 
-def not_finite(embedding: Any) -> int | None:
-    """The first window with NaN or infinity, or None."""
-    if isinstance(embedding, np.ndarray):
-        good = np.isfinite(embedding).all(axis=(1, 2))
-    else:
-        good = embedding.isfinite().flatten(1).all(1).cpu().numpy()
-    return None if good.all() else int(np.argmin(good))
+def seal_if_whole(path: Path, plan: Plan, *, report: Reporter = silent) -> bool:
+    """Seal the cache once every part is there; one process does it, the others wait for it."""
+    if not (path / layout.MANIFEST).exists():
+        if integrity.missing_parts(path, plan):
+            return False
+        with waiting(lock_of(path, "seal")):
+            if not (path / layout.MANIFEST).exists():
+                integrity.seal(path, report=report)
+    # Also where somebody was killed between sealing and tidying up.
+    integrity.clear_work(path)
+    return True
 
 
-def _like(array: npt.NDArray[np.float32], embedding: Any) -> Any:
-    """float32 values in the array library and on the device of `embedding`."""
-    if isinstance(embedding, np.ndarray):
-        return array
-    import torch
-
-    return torch.from_numpy(array.copy()).to(embedding.device)
-
-
-def _to_numpy(array: Any) -> npt.NDArray[Any]:
-    if isinstance(array, np.ndarray):
-        return array
-    if str(array.dtype) == "torch.bfloat16":
-        array = array.float()
-    host: npt.NDArray[Any] = array.cpu().numpy()
-    return host
-
-
-# Around it: locks, space, repair
-
-
-def _held(path: Path) -> AbstractContextManager[None]:
-    """The cache's lock."""
-    return held(path, lock=f"{layout.WORK}/lock", doing="extracting into this cache")
+# Around it: room, repair
 
 
 def check_free_for_us(path: Path) -> None:
@@ -408,35 +385,28 @@ def check_free_for_us(path: Path) -> None:
         )
 
 
-def _check_numerics(path: Path, plan: Plan, numerics: Mapping[str, str | int]) -> None:
-    found = integrity.numerics_class(path, plan)
-    if found is not None and dict(found) != dict(numerics):
-        said = "; ".join(
-            f"{key}: there {found.get(key)!r}, here {numerics.get(key)!r}"
-            for key in sorted({*found, *numerics})
-            if found.get(key) != numerics.get(key)
-        )
-        raise CacheMismatch(
-            f"{path}: its parts were made by another class of arithmetic ({said}); one cache holds "
-            "one class only: continue where it was begun, or start again at another path"
-        )
-
-
-def _check_space(path: Path, plan: Plan, parts: Sequence[Part]) -> None:
-    needed = plan.shards_nbytes(parts)
-    free = free_nbytes(path)
+def check_room(path: Path, plan: Plan, parts: Sequence[Part]) -> None:
+    """Raises StorageError where the file system cannot take some parts."""
+    needed, free = plan.shards_nbytes(parts), free_nbytes(path)
     if needed > free:
         raise StorageError(
             f"{path}: {needed / 1e9:,.2f} GB are still to be written, {free / 1e9:,.2f} GB are "
             "free. Everything committed so far is intact; make room, then run the same command "
             "again"
         )
+    files, free_now = len(parts) * (len(plan.signals) + 1), free_files(path)
+    if free_now is not None and files > free_now:
+        raise StorageError(
+            f"{path}: {files:,} files are still to be made, the file system has room for "
+            f"{free_now:,} (its inodes are used up). Everything committed so far is intact; remove "
+            "files or take another file system, then run the same command again"
+        )
 
 
 def _repair(path: Path, plan: Plan, report: Reporter) -> None:
     """Take back the receipts of parts that are not what was written."""
     try:
-        layout.read_manifest(path)
+        layout.read_manifest(path, plan)
     except CacheRefused:
         # It follows from the receipts, so it need not be mended: sealing writes it again.
         integrity.forget(path, ())
@@ -453,16 +423,21 @@ def _repair(path: Path, plan: Plan, report: Reporter) -> None:
         integrity.forget(path, parts)
 
 
-def _summary(path: Path, *, made: int, windows: int, seconds: float) -> ExtractSummary:
-    cache = Cache.open(path)
+def summary(path: Path, *, made: int, windows: int, seconds: float) -> ExtractSummary:
+    """What stands at the end of a call that made so many parts and windows."""
+    cache = Cache.open(path, incomplete=True)
     plan = cache.plan
+    missing = [] if cache.sealed else integrity.missing_parts(path, plan)
     return ExtractSummary(
         path=path,
-        cache_id=cache.id,
+        cache_id=cache.id if cache.sealed else None,
         windows=sum(plan.part_windows(part) for part in plan.parts()),
         parts_made=made,
-        parts_total=sum(1 for _ in plan.parts()),
-        nbytes=cache.nbytes,
+        parts_left=len(missing),
+        parts_total=plan.part_count,
+        nbytes=cache.nbytes
+        if cache.sealed
+        else plan.shards_nbytes(plan.parts()) - plan.shards_nbytes(missing),
         seconds=seconds,
         windows_per_second=windows / seconds if seconds else 0.0,
         fidelity=cache.fidelity,

@@ -1,17 +1,94 @@
-"""A folder for one process alone: a lock the system drops when its holder ends, however it ends."""
+"""Who may work on what: a folder for one process alone, or a lease on one piece of work.
+
+`held` is a lock that the system drops when its holder ends, however it ends. A `Lease` works on
+every file system that many machines share, where locks may be missing; it may be taken over, so
+whatever it guards must bear being done twice.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLease, Timeout
 
 from had_pipe.durable import make_folder, storage
 from had_pipe.errors import HeldError
+
+LEASE_SECONDS = 60.0
+"""A lease is another's once its holder has not been heard of for so long; all must agree on it."""
+
+
+class Lease:
+    """One process's claim on one piece of work: a file that names its holder and is kept fresh.
+
+    A holder that died on this machine is replaced at once; one that died elsewhere, or sleeps, once
+    whoever wants the lease has watched it for `LEASE_SECONDS` by its own clock: ask the same object
+    again. A sleeper that wakes up finds its lease `lost`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # Taken in one thread and given back in another, when what it guards was written.
+        self._file = SoftFileLease(path, lease_duration=LEASE_SECONDS, thread_local=False)
+        self._nameless: tuple[tuple[int, int], float] | None = None
+
+    def take(self) -> bool:
+        """Take it if it is free. The folder is made; one that others just removed is not free."""
+        try:
+            make_folder(self.path.parent)
+            with storage(self.path):
+                self._file.acquire(blocking=False)
+        except (Timeout, FileNotFoundError):
+            self._sweep_nameless()
+            return False
+        return True
+
+    def _sweep_nameless(self) -> None:
+        """Remove a lease that stays empty: its maker was killed before writing its name.
+
+        filelock takes over leases whose holder can be told to be gone, and so never this one.
+        """
+        try:
+            told = self.path.stat()
+        except OSError:
+            return
+        found, now = (told.st_ino, told.st_mtime_ns), time.monotonic()
+        if told.st_size or self._nameless is None or self._nameless[0] != found:
+            self._nameless = None if told.st_size else (found, now)
+        elif now - self._nameless[1] >= self._file.lease_duration:
+            with storage(self.path):
+                self.path.unlink(missing_ok=True)
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else took it over, or swept it away."""
+        token = self._file.token
+        try:
+            return token is None or token not in self.path.read_text("ascii")
+        except (OSError, UnicodeDecodeError):
+            return True
+
+    @property
+    def holder(self) -> str:
+        """Who has it, for people: "process 7 on alpha"."""
+        try:
+            lines = self.path.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return "another process"
+        said = dict(line.split("=", 1) for line in lines if "=" in line)
+        if not {"pid", "host"} <= said.keys():
+            return "another process"
+        return f"process {said['pid']} on {said['host']}"
+
+    def release(self) -> None:
+        """Give it back; one that was lost is somebody else's, and stays."""
+        with storage(self.path):
+            self._file.release()
 
 
 @contextmanager

@@ -19,10 +19,6 @@ from had_pipe.recipe import Genome, Recipe, Windows
 from had_pipe.recipe import Teacher as TeacherRecipe
 from had_pipe.teachers.teacher import Teacher, load_teacher
 
-# A batch is large enough to keep the device busy and small enough for its memory.
-_WINDOWS_ON_CPU = 16
-_KMERS_ON_CUDA = 1 << 15
-
 
 @dataclass(frozen=True)
 class Job:
@@ -65,13 +61,6 @@ def check_teacher(teacher: Teacher, windows: Windows) -> None:
             f"[windows] bases = {windows.bases}: {windows.kmers:,} k-mers, but {teacher.name} sees "
             f"at most {teacher.context:,}; take windows of at most {teacher.context * K:,} bases"
         )
-
-
-def batch_windows(teacher: Teacher, asked: Job) -> int:
-    """Windows the teacher sees at once: one number for the whole cache."""
-    on_cuda = str(teacher.numerics.get("device", "")).startswith("cuda")
-    limit = _KMERS_ON_CUDA // asked.windows.kmers if on_cuda else _WINDOWS_ON_CPU
-    return max(1, min(limit, asked.cache.part))
 
 
 def describe(

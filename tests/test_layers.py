@@ -33,13 +33,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "card": {"cache", "run"},
     "report": {"durable", "run"},
     "job": {"errors", "dna", "recipe", "cache", "corpus", "teachers"},
+    "parts": {"errors", "durable", "hold", "dna", "cache", "teachers"},
     "extract": {
-        *{"errors", "progress", "durable", "hold", "dna", "recipe", "cache"},
-        *{"corpus", "teachers", "job"},
+        *{"errors", "progress", "durable", "hold", "recipe", "cache"},
+        *{"corpus", "teachers", "job", "parts"},
     },
     "survey": {
         *{"errors", "progress", "durable", "dna", "recipe", "cache"},
-        *{"corpus", "teachers", "job", "extract"},
+        *{"corpus", "teachers", "job", "parts", "extract"},
     },
     "distill": {
         *{"errors", "progress", "draws", "durable", "dna", "recipe", "cache"},

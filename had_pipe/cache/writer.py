@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ from had_pipe.cache.layout import (
     Signal,
     shard_index,
 )
-from had_pipe.durable import make_folder, publish, storage, sync_folder, sync_tree, write_file
+from had_pipe.cache.loci import GROUP_ROWS
+from had_pipe.durable import make_folder, publish, storage, sync_tree, write_file
 
 ORIENTATION = (
     "kmer_id is on the forward strand; mask and embedding follow the strand the teacher saw. "
@@ -94,7 +96,7 @@ def create(
         for line in _table_lines(split, data.table, names):
             lines.update(line)
     contents = {"windows": lines.hexdigest(), **_array_digests(splits, statistics)}
-    plan = Plan.model_validate(
+    plan = Plan.new(
         {
             **described,
             "splits": {
@@ -195,7 +197,7 @@ def _write_windows(path: Path, splits: Mapping[str, SplitData], genomes: Sequenc
                     },
                     schema=schema,
                 ),
-                row_group_size=1 << 17,
+                row_group_size=GROUP_ROWS,
             )
 
 
@@ -316,8 +318,9 @@ class PartWriter:
         self._plan = plan
         self._part = part
         self._numerics = dict(numerics)
+        self._records: dict[str, ShardRecord] = {}
         self._shards = [
-            _Shard(cache / WORK / f"{part}.{signal.path}".replace("/", "-"), signal)
+            _Shard(cache / WORK / f"{part.stem}.{signal.path.replace('/', '-')}", signal)
             for signal in plan.signals
         ]
 
@@ -338,17 +341,22 @@ class PartWriter:
         for shard, array in zip(self._shards, arrays, strict=True):
             shard.append(array)
 
-    def commit(self) -> Receipt:
-        """Publish the shards, then the receipt. Every window of the part must be there."""
+    def sync(self) -> None:
+        """End the shards, still aside. Every window of the part must be there."""
         part, plan = self._part, self._plan
         windows = plan.part_windows(part)
-        records = {}
         for shard in self._shards:
             key = part.shard_key(shard.signal)
-            records[key] = shard.finish(windows=windows, part=plan.part)
+            self._records[key] = shard.finish(windows=windows, part=plan.part)
+
+    def commit(self) -> Receipt:
+        """Publish the synced shards, then the receipt."""
+        part, plan = self._part, self._plan
+        assert len(self._records) == len(self._shards)
         for shard in self._shards:
             final = self._cache / part.shard_key(shard.signal)
-            make_folder(final.parent)
+            planned = self._cache / DATA / part.split / str(part.view) / shard.signal.path
+            make_folder(final.parent, below=planned)
             publish(shard.path, final)
         receipt = Receipt(
             format=plan.format,
@@ -356,12 +364,12 @@ class PartWriter:
             split=part.split,
             view=part.view,
             part=part.number,
-            windows=windows,
+            windows=plan.part_windows(part),
             numerics=self._numerics,
-            objects=records,
+            objects=self._records,
         )
         final = self._cache / part.receipt_key
-        make_folder(final.parent)
+        make_folder(final.parent, below=self._cache)
         write_file(final, receipt.to_json(), aside=self._cache / WORK)
         return receipt
 
@@ -371,7 +379,7 @@ class _Shard:
 
     def __init__(self, stem: Path, signal: Signal) -> None:
         self.signal = signal
-        self.path = stem.with_name(f"{stem.name}.{os.getpid()}.tmp")
+        self.path = stem.with_name(f"{stem.name}.{uuid.uuid4().hex}.tmp")
         self._sha256 = hashlib.sha256()
         self._crc: list[int] = []
         make_folder(self.path.parent)
@@ -418,10 +426,9 @@ class _Shard:
         self._sha256.update(data.data)
 
 
-def clear_temporaries(cache: Path) -> None:
-    """Remove what killed processes left in `.work/`. The caller holds the cache's lock."""
+def clear_temporaries(cache: Path, part: Part) -> None:
+    """Remove what killed processes left of a part in `.work/`. The caller holds its lease."""
     work = cache / WORK
     with storage(work):
-        for leftover in work.glob("*.tmp"):
-            leftover.unlink()
-        sync_folder(work)
+        for leftover in work.glob(f"{part.stem}.*.tmp"):
+            leftover.unlink(missing_ok=True)
