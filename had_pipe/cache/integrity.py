@@ -51,6 +51,7 @@ SAMPLE = 20
 """`sample` hashes one of so many large objects."""
 
 _BUFFER = 1 << 18  # read and hashed at once: stays in a core's own cache, where it is fastest
+_HANDFUL = 1 << 20  # bytes of small objects that a thread takes at once
 _TELL_SECONDS = 0.1
 _CLEAR_SECONDS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)  # waited between attempts to clear `.work/`
 
@@ -144,6 +145,10 @@ def seal(cache: Path, *, threads: int | None = None, report: Reporter = silent) 
             raise CacheCorrupt(f"{cache}: {key} {found}; start the cache again")
         objects[key] = found
     manifest = Manifest.build(plan, objects)
+    with storage(cache):
+        # Others may have renamed a receipt and not come to syncing its folder.
+        for folder in sorted({(cache / part.receipt_key).parent for part in plan.parts()}):
+            sync_folder(folder)
     make_folder(cache / WORK)
     write_file(cache / MANIFEST, manifest.to_json(), aside=cache / WORK)
     clear_work(cache)
@@ -444,20 +449,25 @@ def _hashed(
         report(Progress(what=what, done=done, total=total, unit="bytes", seconds=seconds))
 
     found: dict[str, ObjectRecord | str] = {}
-    keys = iter(sorted(lengths, key=lambda key: (-lengths[key], key)))
-    running: dict[Future[ObjectRecord | str], str] = {}
+    handfuls = _handfuls(lengths)
+    running: set[Future[dict[str, ObjectRecord | str]]] = set()
+
+    def read(keys: Sequence[str]) -> dict[str, ObjectRecord | str]:
+        return {key: _read(cache, key, lengths[key], advance) for key in keys}
+
     pool = ThreadPoolExecutor(threads, thread_name_prefix="had-pipe hash")
     try:
         told = begun
         while True:
             # A few beyond those at work, and no more: a cache may have a million objects.
-            for key in islice(keys, 4 * threads - len(running)):
-                running[pool.submit(_read, cache, key, lengths[key], advance)] = key
+            running |= {
+                pool.submit(read, keys) for keys in islice(handfuls, 4 * threads - len(running))
+            }
             if not running:
                 break
-            ended, _ = wait(running, timeout=_TELL_SECONDS, return_when=FIRST_COMPLETED)
+            ended, running = wait(running, timeout=_TELL_SECONDS, return_when=FIRST_COMPLETED)
             for future in ended:
-                found[running.pop(future)] = future.result()
+                found |= future.result()
             if time.monotonic() - told >= _TELL_SECONDS:
                 tell()
                 told = time.monotonic()
@@ -467,6 +477,20 @@ def _hashed(
     if lengths:
         tell()
     return found
+
+
+def _handfuls(lengths: Mapping[str, int]) -> Iterator[list[str]]:
+    """The keys, the largest first, small ones together: a thread costs more than their hashing."""
+    handful: list[str] = []
+    nbytes = 0
+    for key in sorted(lengths, key=lambda key: (-lengths[key], key)):
+        handful.append(key)
+        nbytes += lengths[key]
+        if nbytes >= _HANDFUL or len(handful) == 64:
+            yield handful
+            handful, nbytes = [], 0
+    if handful:
+        yield handful
 
 
 def _read(cache: Path, key: str, nbytes: int, advance: Callable[[int], bool]) -> ObjectRecord | str:
