@@ -158,6 +158,7 @@ def build(folder: Path, *, windows: int, part: int) -> Path:
                 rng.integers(-127, 128, shape, dtype=np.int8),
                 rng.uniform(0.005, 0.02, shape[:2]).astype(np.float16),
             )
+            opened.sync()
             opened.commit()
     integrity.seal(folder)
     return folder
