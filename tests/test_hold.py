@@ -7,12 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from had_pipe import hold
 from had_pipe.errors import HeldError
-from had_pipe.hold import held
+from had_pipe.hold import Lease, held
 
 HOLD = """
 import sys, time
@@ -82,3 +84,105 @@ def test_a_holder_without_a_name_holds_all_the_same(tmp_path: Path, name: bytes 
             held(tmp_path, lock=".lock", doing="hiding"),
         ):
             pass
+
+
+LEASE = """
+import sys, time
+from pathlib import Path
+from had_pipe import hold
+
+hold.LEASE_SECONDS = float(sys.argv[2])
+lease = hold.Lease(Path(sys.argv[1]))
+assert lease.take()
+print("taken", flush=True)
+sys.stdin.readline()
+print("lost" if lease.lost else "kept", flush=True)
+"""
+
+
+def leasing(path: Path, seconds: float) -> subprocess.Popen[str]:
+    """A process that has taken the lease, and says what became of it when it is asked."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEASE, str(path), str(seconds)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "taken\n"
+    return process
+
+
+def test_a_lease_is_one_holders_names_it_and_is_free_once_released(tmp_path: Path) -> None:
+    first, second = (Lease(tmp_path / "deep" / "x.lock") for _ in range(2))
+    assert first.take()
+    assert not second.take()
+    assert second.holder == f"process {os.getpid()} on {socket.gethostname()}"
+    assert not first.lost
+    first.release()
+    assert not (tmp_path / "deep" / "x.lock").exists()
+    assert second.take()
+    assert first.lost
+    second.release()
+
+
+def test_a_lease_of_a_killed_process_is_taken_at_once_and_of_a_living_one_never(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.lock"
+    with leasing(path, 60) as holder:
+        lease = Lease(path)
+        assert not lease.take()
+        assert lease.holder.startswith(f"process {holder.pid} on ")
+        holder.kill()
+        holder.wait()
+        assert lease.take()
+    lease.release()
+
+
+@pytest.mark.timeout(60)
+def test_a_sleeping_holder_is_replaced_after_a_while_and_finds_out_when_it_wakes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.lock"
+    monkeypatch.setattr(hold, "LEASE_SECONDS", 1.0)
+    with leasing(path, 1.0) as holder:
+        holder.send_signal(signal.SIGSTOP)
+        lease = Lease(path)
+        watched = time.monotonic()
+        while not lease.take():
+            time.sleep(0.05)
+        assert time.monotonic() - watched >= 0.9
+        holder.send_signal(signal.SIGCONT)
+        said, _ = holder.communicate("\n", timeout=30)
+        assert said == "lost\n"
+        assert not lease.lost  # the sleeper left alone what is no longer its own
+    lease.release()
+
+
+@pytest.mark.timeout(60)
+def test_a_busy_holder_is_heard_of_and_keeps_its_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.lock"
+    monkeypatch.setattr(hold, "LEASE_SECONDS", 1.5)
+    with leasing(path, 1.5) as holder:
+        lease = Lease(path)
+        until = time.monotonic() + 4
+        while time.monotonic() < until:
+            assert not lease.take()
+            time.sleep(0.05)
+        said, _ = holder.communicate("\n", timeout=30)
+        assert said == "kept\n"
+
+
+def test_a_folder_swept_away_is_neither_taken_nor_kept(tmp_path: Path) -> None:
+    path = tmp_path / "work" / "x.lock"
+    lease = Lease(path)
+    assert lease.take()
+    path.unlink()
+    path.parent.rmdir()
+    assert lease.lost
+    assert lease.holder == "another process"
+    lease.release()
+    assert Lease(path).take()
