@@ -1,4 +1,10 @@
-"""`had-pipe plan`: what stage one would make and cost, told before anything is made."""
+"""`had-pipe plan`: what stage one would make and cost, told before anything is made.
+
+A short probe of the teacher on real windows tells how long it would take, and what each codec
+would lose of these very embeddings.
+
+W windows, G stored groups per window, D channels.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +13,55 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from had_pipe import corpus
-from had_pipe.cache import Plan, Statistics, integrity, layout
+from had_pipe.cache import Codec, Plan, Statistics, integrity, layout
+from had_pipe.cache.codec import fidelity
 from had_pipe.cache.reader import expected_keys
-from had_pipe.dna.kmers import K
 from had_pipe.dna.windows import REST
-from had_pipe.durable import free_nbytes
-from had_pipe.errors import CacheMismatch
-from had_pipe.extract import check_free_for_us, not_finite
+from had_pipe.durable import free_files, free_nbytes
+from had_pipe.errors import CacheMismatch, NonFiniteError
+from had_pipe.extract import check_free_for_us
 from had_pipe.job import (
     Job,
-    batch_windows,
     check_same,
     check_teacher,
     describe,
     described_teacher,
     given_statistics,
 )
-from had_pipe.progress import Reporter, silent
-from had_pipe.recipe import Recipe, Windows
+from had_pipe.parts import batch_windows, embed_batch, not_finite, to_numpy
+from had_pipe.progress import Progress, Reporter, silent
+from had_pipe.recipe import Recipe
 from had_pipe.teachers.teacher import Teacher
 
 _PROBE_SECONDS = 5.0
+
+# What a codec is fitted to and tested on: at most so many stored groups, and for fitting at least
+# so many times the channels, or what is measured says more of the sample than of the codec.
+_FITTED_GROUPS, _TESTED_GROUPS = 1 << 14, 1 << 12
+_LEAST_GROUPS_A_CHANNEL = 8
+
+CODECS: tuple[str, ...] = get_args(Plan.model_fields["codec"].annotation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecCost:
+    """What a cache would cost with one codec, and lose."""
+
+    group_nbytes: float
+    """Of one stored group."""
+    nbytes: int
+    """All arrays of the finished cache. Receipts, metadata and the table of windows come on top: a
+    few ten bytes a window."""
+    below_float16: float
+    """How many times fewer bytes than every value as float16."""
+    fidelity: Mapping[str, float] | None
+    """Measured on this teacher and this genome; None where the probe saw too few groups."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +88,22 @@ class Survey:
     channels: int
     parts: int
     files: int
-    """All files of the finished cache."""
+    """All files of the finished cache, with the recipe's codec."""
     codec: str
-    nbytes: Mapping[str, int]
-    """By codec: all arrays of the finished cache. Receipts, metadata and the table of windows come
-    on top: a few ten bytes a window."""
+    codecs: Mapping[str, CodecCost]
+    probed_groups: int
+    """Stored groups of real windows that the probe embedded for the codecs."""
+    needed_groups: int
+    """How many of them would have told what the codecs lose."""
     free_nbytes: int
+    free_files: int | None
+    """How many more the file system takes; None where it sets no limit."""
     windows_per_second: float
     """Of the teacher alone, from a probe on this device."""
     batch: int
     seconds: float
     licence: str
+    licence_implies: str
     notes: Sequence[str]
 
 
@@ -83,18 +117,20 @@ def survey(
     asked = Job.of(recipe)
     check_free_for_us(asked.cache.path)
     references = [corpus.read_reference(genome, report=report) for genome in asked.genomes]
-    coverage = corpus.survey_windows(references, asked.windows)
+    wanted = -(-(_FITTED_GROUPS + _TESTED_GROUPS) // asked.windows.stored)
+    coverage = corpus.survey_windows(references, asked.windows, sample=wanted)
     teacher = asked.load(device, offline)
     check_teacher(teacher, asked.windows)
     given = given_statistics(asked, teacher)
-    plans = {
-        codec: _outline(asked, references, coverage, teacher, codec) for codec in ("int8", "exact")
-    }
+    plans = {codec: _outline(asked, references, coverage, teacher, codec) for codec in CODECS}
     plan = plans[asked.cache.codec]
     views = {name: len(split.views) for name, split in plan.splits.items()}
     windows = sum(count * views[name] for name, count in coverage.windows.items())
-    batch = batch_windows(teacher, asked)
-    rate = _probe(teacher, asked.windows, batch, windows)
+    batch = batch_windows(teacher, kmers=asked.windows.kmers, part=asked.cache.part)
+    probe = _probe(asked, teacher, coverage.sample, batch, windows, report)
+    losses = _losses(probe.sample, teacher, given)
+    files = len(expected_keys(plan)) + 1  # and the manifest
+    costs = {name: _cost(outline, losses.get(name)) for name, outline in plans.items()}
     return Survey(
         cache=asked.cache.path,
         state=_state(asked, references, teacher, given),
@@ -112,15 +148,19 @@ def survey(
         stored_groups=windows * asked.windows.stored,
         channels=teacher.channels,
         parts=sum(1 for _ in plan.parts()),
-        files=len(expected_keys(plan)) + 1,  # and the manifest
+        files=files,
         codec=asked.cache.codec,
-        nbytes={codec: _array_nbytes(outline) for codec, outline in plans.items()},
+        codecs=dict(sorted(costs.items(), key=lambda cost: -cost[1].group_nbytes)),
+        probed_groups=len(probe.sample) * asked.windows.stored,
+        needed_groups=_least_windows(asked.windows.stored, teacher) * asked.windows.stored,
         free_nbytes=free_nbytes(asked.cache.path),
-        windows_per_second=rate,
+        free_files=free_files(asked.cache.path),
+        windows_per_second=probe.windows_per_second,
         batch=batch,
-        seconds=windows / rate,
+        seconds=windows / probe.windows_per_second,
         licence=asked.cache.licence or teacher.licence,
-        notes=_notes(asked, teacher, needed=_array_nbytes(plan)),
+        licence_implies=_implied(asked.cache.licence or teacher.licence),
+        notes=_notes(asked, needed=costs[asked.cache.codec].nbytes, files=files),
     )
 
 
@@ -150,7 +190,10 @@ def _outline(
 def _array_nbytes(plan: Plan) -> int:
     """All arrays of a finished cache; plan-time chunks are whole, as Zarr pads the last."""
     kmers, crc = plan.windows.kmers, layout.CRC_NBYTES
-    total = 2 * (4 * plan.teacher.channels + crc)
+    total = sum(
+        int(np.prod(shape)) * np.dtype(dtype).itemsize + crc
+        for dtype, shape in plan.statistics_arrays.values()
+    )
     for split in plan.splits.values():
         chunks = -(-split.windows // plan.part)
         of_view = plan.part * kmers + crc + plan.part + crc
@@ -158,18 +201,105 @@ def _array_nbytes(plan: Plan) -> int:
     return total + plan.shards_nbytes(plan.parts())
 
 
-def _probe(teacher: Teacher, windows: Windows, batch: int, available: int) -> float:
-    """Windows a second of the teacher alone, on random k-mers, for a few seconds at most."""
-    kmers = windows.kmers
-    kmer_id = np.random.default_rng(0).integers(0, 4**K, (batch, kmers), dtype=np.uint16)
-    hidden = np.zeros((batch, kmers), dtype=np.bool_)
-    not_finite(teacher.embed(kmer_id, hidden))  # the first call sets up, and must end
-    begun, done = time.monotonic(), 0
-    while done < available and (spent := time.monotonic() - begun) < _PROBE_SECONDS:
-        not_finite(teacher.embed(kmer_id, hidden))
+def _cost(plan: Plan, lost: Mapping[str, float] | None) -> CodecCost:
+    group = sum(signal.nbytes for signal in plan.signals) / plan.windows.stored
+    return CodecCost(
+        group_nbytes=group,
+        nbytes=_array_nbytes(plan),
+        below_float16=2 * plan.teacher.channels / group,
+        fidelity=lost,
+    )
+
+
+# The probe
+
+
+@dataclass(frozen=True)
+class _Probe:
+    windows_per_second: float
+    sample: npt.NDArray[np.float32]
+    """(W, G, D), of windows from all over the genomes."""
+
+
+def _probe(
+    asked: Job,
+    teacher: Teacher,
+    shown: corpus.Shown,
+    batch: int,
+    available: int,
+    report: Reporter,
+) -> _Probe:
+    """The teacher alone on real windows, for a few seconds at most; their embeddings are kept."""
+
+    def embed(first: int) -> Any:
+        some = slice(first, first + batch)
+        embedding = embed_batch(
+            teacher,
+            shown.kmer_id[some],
+            shown.mask[some],
+            shown.reversed[some],
+            store=asked.windows.store,
+            shown=asked.teacher.input,
+            batch=batch,
+        )
+        if not_finite(embedding) is not None:  # asking also waits for the device
+            raise NonFiniteError(
+                f"{teacher.name} gives NaN or infinity for windows of these genomes; look at its "
+                "weights, layer and arithmetic"
+            )
+        return embedding
+
+    embed(0)  # the first call sets up
+    kept: list[npt.NDArray[np.float32]] = []
+    first, done, seconds, over = 0, 0, 0.0, False
+    while not over:
+        begun = time.monotonic()
+        embedding = embed(first)
+        seconds += time.monotonic() - begun
         done += batch
-    spent = time.monotonic() - begun
-    return done / max(spent, 1e-9)
+        if len(kept) * batch < len(shown):
+            kept.append(to_numpy(embedding).astype(np.float32))
+        first += batch
+        if first >= len(shown):
+            first = 0
+        over = done >= available or seconds >= _PROBE_SECONDS
+        report(
+            Progress(
+                what="probing the teacher",
+                done=done,
+                total=done if over else 0,
+                unit="windows",
+                seconds=seconds,
+            )
+        )
+    return _Probe(done / max(seconds, 1e-9), np.concatenate(kept))
+
+
+def _least_windows(stored: int, teacher: Teacher) -> int:
+    """Windows without which nothing is said of the codecs: for fitting, and a fourth for tests."""
+    fitted = -(-_LEAST_GROUPS_A_CHANNEL * teacher.channels // stored)
+    return fitted + max(1, fitted // 4)
+
+
+def _losses(
+    sample_WGD: npt.NDArray[np.float32], teacher: Teacher, given: Statistics | None
+) -> dict[str, Mapping[str, float]]:
+    """What every codec loses of embeddings it was not fitted to; empty where there are too few."""
+    windows, stored, _ = sample_WGD.shape
+    if windows < _least_windows(stored, teacher):
+        return {}
+    tested = max(1, min(windows // 5, -(-_TESTED_GROUPS // stored)))
+    fitted_WGD, tested_WGD = sample_WGD[:-tested], sample_WGD[-tested:]
+    statistics = given or Statistics.of(fitted_WGD)
+    losses: dict[str, Mapping[str, float]] = {}
+    for name in CODECS:
+        codec = Codec.fit(cast(Any, name), cast(Any, teacher.dtype), statistics, fitted_WGD)
+        decoded = tested_WGD
+        if name != "exact":
+            encoded = codec.encode(tested_WGD, statistics.mean, statistics.std)
+            decoded = codec.decode(*encoded, statistics.mean, statistics.std)
+        losses[name] = fidelity(tested_WGD, decoded)
+    return losses
 
 
 def _state(
@@ -191,22 +321,51 @@ def _state(
     return f"begun: {total - len(integrity.missing_parts(path, plan)):,} of {total:,} parts"
 
 
-def _notes(asked: Job, teacher: Teacher, *, needed: int) -> list[str]:
+# What it implies
+
+
+_PERMISSIVE = {"Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "CC0-1.0", "ISC", "Unlicense"}
+
+_CLAUSES = {
+    "BY": "name the authors",
+    "NC": "no commercial use",
+    "ND": "adapted versions are not passed on",
+    "SA": "adapted versions only under the same licence",
+}
+
+
+def _implied(licence: str) -> str:
+    """What a licence asks of whoever passes the cache or a student on."""
+    parts = licence.split("-")
+    if parts[0] == "CC" and len(parts) > 1 and parts[1] == "BY":
+        asked = [said for clause, said in _CLAUSES.items() if clause in parts]
+        said = "; ".join(asked)
+        if "NC" in parts:
+            said += (
+                ". Whether embeddings are adaptations of a model is unsettled: the cache and every "
+                "student made from it are marked non-commercial like the teacher"
+            )
+        return said
+    if licence in _PERMISSIVE:
+        return "any use, commercial too; its text and notices go along"
+    if licence == "unknown":
+        return "the teacher states no licence; find out before you share the cache"
+    return "not one known here: read it before you share the cache"
+
+
+def _notes(asked: Job, *, needed: int, files: int) -> list[str]:
     notes = []
-    free = free_nbytes(asked.cache.path)
+    free, places = free_nbytes(asked.cache.path), free_files(asked.cache.path)
     if needed > free:
         notes.append(
             f"too little room: {needed / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free; "
             "extract-teacher refuses to begin"
         )
-    licence = asked.cache.licence or teacher.licence
-    if "NC" in licence.split("-"):
+    if places is not None and files > places:
         notes.append(
-            f"{licence}: whether embeddings are adaptations of a model is unsettled; the cache and "
-            "every student made from it are marked non-commercial like the teacher"
+            f"too few inodes: the cache has {files:,} files, the file system takes {places:,} "
+            "more; extract-teacher refuses to begin. Larger parts ([cache] part) are fewer files"
         )
-    if licence == "unknown":
-        notes.append("the teacher states no licence; find out before you share the cache")
     if asked.windows.stride < asked.windows.bases:
         times = math.ceil(asked.windows.bases / asked.windows.stride)
         notes.append(f"windows overlap: a base is seen up to {times} times a view")

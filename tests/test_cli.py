@@ -102,7 +102,9 @@ def test_the_command_line_is_the_documented_one_and_no_more() -> None:
     group = typer.main.get_command(cli.app)
     assert {name: options(command) for name, command in group.commands.items()} == {
         "plan": {"--device", "--offline", "--json"},
-        "extract-teacher": {"--device", "--offline", "--repair"},
+        "extract-teacher": {
+            *("--device", "--offline", "--share", "--workers", "--scheduler", "--repair"),
+        },
         "distill": {"--cache", "--device"},
         "report": {"--out"},
         "doctor": {"--json"},
@@ -111,7 +113,9 @@ def test_the_command_line_is_the_documented_one_and_no_more() -> None:
     below = group.commands["cache"].commands
     assert {name: options(command) for name, command in below.items()} == {
         "inspect": {"--locus", "--json"},
-        "verify": {"--level", "--json"},
+        "verify": {"--level", "--share", "--threads", "--json"},
+        "compare": {"--json"},
+        "recode": {"--codec"},
     }
 
 
@@ -283,6 +287,40 @@ def test_verify_names_a_flipped_byte_and_exits_with_4(tmp_path: Path) -> None:
     assert [problem["key"] for problem in json.loads(told.stdout)["problems"]] == [key]
     # By names, lengths and JSON alone it cannot be seen.
     assert had_pipe("cache", "verify", path, "--level", "structure").exit_code == 0
+
+
+def test_shares_of_a_verification_read_every_object_once(tmp_path: Path) -> None:
+    path = build_cache(tmp_path / "shared", windows=160, part=32)
+    whole = json.loads(had_pipe("cache", "verify", path, "--json").stdout)
+    lone = json.loads(had_pipe("cache", "verify", path, "--level", "structure", "--json").stdout)
+    shares = [
+        json.loads(
+            had_pipe(
+                "cache", "verify", path, "--share", f"{i}/3", "--threads", "2", "--json"
+            ).stdout
+        )
+        for i in (1, 2, 3)
+    ]
+    assert [found["share"] for found in shares] == [[1, 3], [2, 3], [3, 3]]
+    # What `structure` reads, every share reads.
+    large = whole["objects"] - lone["objects"]
+    assert large == sum(1 for file in path.rglob("c/**/*") if file.is_file()) > 20
+    assert sum(found["objects"] - lone["objects"] for found in shares) == large
+    assert "share 2/3" in had_pipe("cache", "verify", path, "--share", "2/3").stdout
+    shard = next((path / "data.zarr" / "train").rglob("value/c/2/*/*"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    codes = [had_pipe("cache", "verify", path, "--share", f"{i}/3").exit_code for i in (1, 2, 3)]
+    assert sorted(codes) == [0, 0, 4]
+
+
+@pytest.mark.parametrize(
+    "share", ["0/3", "4/3", "1/0", "3", "1/3/5", "-1/3", "a/b", "1/1000000000"]
+)
+@pytest.mark.parametrize("words", [["cache", "verify"], ["extract-teacher"]], ids=" ".join)
+def test_a_share_that_is_none_is_refused_with_2(words: list[str], share: str) -> None:
+    result = had_pipe(*words, "x", f"--share={share}")
+    assert result.exit_code == 2
+    assert f"--share {share}: expected I/N with I from 1 to N" in result.stderr
 
 
 def test_distill_and_report_make_a_student_and_a_page_once(recipe: Path) -> None:

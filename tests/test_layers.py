@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         "dna",  # inspect spells a k-mer
         *{"errors", "progress", "durable", "recipe", "cache"},
-        *{"survey", "extract", "distill", "run", "report"},
+        *{"survey", "extract", "cluster", "distill", "run", "report"},
         "students",  # doctor says which kernel runs
     },
 }
@@ -59,6 +59,7 @@ OWNERS: dict[str, set[str]] = {
     "numcodecs": {"cache"},
     "pyarrow": {"cache"},
     "crc32c": {"cache"},
+    "threadpoolctl": {"cache"},
     "dask": set(),
     "distributed": set(),
     "dnaio": {"dna"},

@@ -30,7 +30,9 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 _cache = typer.Typer(
-    help="What a cache is, and whether it is whole.", rich_markup_mode=None, no_args_is_help=True
+    help="A cache's life: what it is, whether it is whole, and other forms of it.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
 )
 
 app.command()(stage_one.plan)
@@ -40,6 +42,8 @@ app.command()(stage_two.report)
 app.add_typer(_cache, name="cache")
 _cache.command()(caches.inspect)
 _cache.command()(caches.verify)
+_cache.command()(caches.compare)
+_cache.command()(caches.recode)
 app.command()(doctor.doctor)
 
 
@@ -62,6 +66,10 @@ def _root(
 
 
 def main() -> None:
-    """The entry point. SIGTERM stops like Ctrl-C, unless a verb handles it better meanwhile."""
+    """The entry point. SIGTERM stops like Ctrl-C, unless a verb handles it better meanwhile.
+
+    So does SIGUSR2, by which batch systems warn a job that its time is nearly up.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGUSR2, signal.default_int_handler)
     app()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from enum import StrEnum
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from had_pipe.cli.arguments import JsonOption
+from had_pipe.cli.arguments import CacheArgument, JsonOption, read_share
 from had_pipe.cli.shown import (
     answering,
+    as_json_object,
     continued,
     count,
     duration,
@@ -27,6 +29,7 @@ from had_pipe.errors import CacheCorrupt, CacheIncomplete, RecipeError
 
 if TYPE_CHECKING:
     from had_pipe.cache import Cache
+    from had_pipe.cache.compare import Comparison, Difference, Side, Values
 
 
 class Level(StrEnum):
@@ -39,7 +42,7 @@ class Level(StrEnum):
 
 @answering
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The cache's folder.")],
+    path: CacheArgument,
     locus: Annotated[
         str | None,
         typer.Option(
@@ -218,7 +221,7 @@ def _plan_facts(cache: Cache) -> list[tuple[str, str]]:
 
 @answering
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The cache's folder.")],
+    path: CacheArgument,
     level: Annotated[
         Level,
         typer.Option(
@@ -226,24 +229,39 @@ def verify(
             "everything: every byte."
         ),
     ] = Level.EVERYTHING,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Read only this job's share of the large objects: N jobs read them all, once.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="How many read at once; one a core unless said."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Look for damage; change nothing.
 
     Finds every object that is missing, of another length or content, or not part of the cache,
-    and says how to mend it.
+    and says how to mend it. The exit code is 4 where there is a problem, and for a cache that is
+    not finished, or whose manifest did not arrive.
     """
+    mine = (1, 1) if share is None else read_share(share)
     from had_pipe.cache.integrity import verify as look
 
     begun = time.monotonic()
     with reporter() as report:
-        found = look(path, level=level.value, report=report)
+        found = look(path, level=level.value, share=mine, threads=threads, report=report)
     seconds = time.monotonic() - begun
     if as_json:
         print_json(found)
     else:
         state = "sealed" if found.sealed else "not sealed: the parts so far"
         hashed = f"{count(found.objects, 'object')}, {size(found.nbytes)}, {duration(seconds)}"
+        if share is not None:
+            hashed += f"; share {share} of the large ones"
         print_facts(
             [
                 ("cache", f"{path} ({state})"),
@@ -260,3 +278,142 @@ def verify(
             f"{path}: nothing is damaged so far, but there is no manifest: run the same "
             "extract-teacher command again to finish it, or copy the cache again"
         )
+
+
+@answering
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A cache's folder.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another cache's folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say how two caches differ; change nothing.
+
+    What they were made from, then the embeddings of the windows that both have, decoded, by split
+    and view: of equal bytes, or how far apart, and where most. For two labs' caches of one recipe,
+    and for a cache beside what was recoded from it.
+    """
+    from had_pipe.cache.compare import compare as hold_against
+
+    with reporter() as report:
+        found = hold_against(a, b, report=report)
+    if as_json:
+        print_json({**as_json_object(found), "identical": found.identical, "equal": found.equal})
+        return
+    if found.identical:
+        verdict = "one cache: the ids are the same"
+    elif found.equal:
+        verdict = "every window is in both, stored as the same bytes"
+    else:
+        verdict = "they differ"
+    print_facts(
+        [
+            *_side_facts("a", found.a),
+            *_side_facts("b", found.b),
+            *continued(
+                "made from", [_difference(key) for key in found.meaning] or ["the same recipe"]
+            ),
+            *continued("contents", [f"{key.key} differs" for key in found.contents] or ["equal"]),
+            *continued("parts", _parts_apart(found)),
+            *continued("embeddings", [_values(values) for values in found.values]),
+            ("verdict", verdict),
+        ]
+    )
+
+
+def _side_facts(name: str, side: Side) -> list[tuple[str, str]]:
+    state = "" if side.sealed else " (not sealed: the parts so far)"
+    facts = [
+        (name, f"{side.path}{state}, {side.codec}"),
+        ("", f"{'id' if side.sealed else 'plan id'} {side.cache_id}"),
+    ]
+    if side.numerics is not None:
+        made = ", ".join(f"{key} {value}" for key, value in side.numerics.items())
+        facts.append(("", f"made with {made}"))
+    return facts
+
+
+def _difference(key: Difference) -> str:
+    def told(value: object) -> str:
+        return "nothing" if value is None else json.dumps(value)
+
+    return f"{key.key}: {told(key.a)} in a, {told(key.b)} in b"
+
+
+def _parts_apart(found: Comparison) -> list[str]:
+    said = [
+        f"{count(len(parts), 'part')} only in {name}, {parts[0]} first"
+        for name, parts in (("a", found.only_in_a), ("b", found.only_in_b))
+        if parts
+    ]
+    return said or ["every part has its counterpart"]
+
+
+def _values(values: Values) -> str:
+    """One split under one view."""
+    said = [f"{values.split}/{values.view}: {count(values.windows, 'window')}"]
+    if values.windows and values.equal_windows == values.windows:
+        said[0] += ", all of equal bytes"
+    elif values.windows:
+        said[0] += f", {values.equal_windows:,} of equal bytes"
+        said += [
+            f"relative error {values.relative:.3g}",
+            f"channel error {values.channel_rmse:.2%}, worst {values.worst_channel_rmse:.2%}",
+            f"worst cosine {values.worst_cosine:.6f}" + _at(values),
+        ]
+    for number, what in (
+        (values.unlike_windows, "of other k-mers, mask or strand"),
+        (values.only_in_a, "only in a"),
+        (values.only_in_b, "only in b"),
+    ):
+        if number:
+            said.append(f"{number:,} {what}")
+    return "; ".join(said)
+
+
+def _at(values: Values) -> str:
+    locus = values.worst_locus
+    if locus is None:
+        return ""
+    return f" in row {values.worst_row}, {locus.genome} {locus.contig}:{locus.start}"
+
+
+@answering
+def recode(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A finished cache, or archive.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to make.")],
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CODEC",
+            help="A codec as in [cache] codec, or archive; of an archive as SOURCE none.",
+        ),
+    ] = None,
+) -> None:
+    """Make another cache of a cache, without the teacher.
+
+    With another codec the new cache names the one it was made of, and says what was lost. An
+    archive is the same cache in less room, and cannot be trained on; recoding it again, without
+    --codec, gives the cache back, byte for byte, under its id. Run the same command again to
+    continue.
+    """
+    from had_pipe.cache.recode import recode as make
+
+    with reporter() as report:
+        made = make(source, target, codec=codec, report=report)
+    things = "object" if made.codec == "archive" or made.fidelity is None else "part"
+    if made.made:
+        done = f"{count(made.made, things)} of {made.total:,} in {duration(made.seconds)}"
+    else:
+        done = f"nothing was left to do: all {count(made.total, things)} were there"
+    lost = [] if made.fidelity is None else fidelity(made.fidelity)
+    if made.coded_twice:
+        lost.append(f"against the source, which is {made.source_codec} and had lost some already")
+    print_facts(
+        [
+            ("source", f"{made.source}, {made.source_codec}, {size(made.source_nbytes)}"),
+            ("target", f"{made.path}, {made.codec}, {size(made.nbytes)}"),
+            ("id", made.cache_id),
+            ("made", done),
+            *continued("fidelity", lost),
+        ]
+    )

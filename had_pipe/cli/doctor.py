@@ -11,6 +11,8 @@ _EXTRA_PACKAGES = {
     "gtars": "extract",
     "dnaio": "extract",
     "py2bit": "extract",
+    "dask": "extract",
+    "distributed": "extract",
     "flash-linear-attention": "cuda",
     "triton": "cuda",
 }

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, ParamSpec
+from typing import TYPE_CHECKING, NoReturn, ParamSpec
 
 import typer
 from rich.console import Console
@@ -22,7 +22,11 @@ from rich.text import Text
 
 from had_pipe.durable import as_storage_error
 from had_pipe.errors import HadPipeError, Interrupted, RecipeError
+from had_pipe.errors import shown as harmless
 from had_pipe.progress import Progress, Reporter
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _P = ParamSpec("_P")
 
@@ -32,7 +36,7 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     width = max((len(name) for name, _ in facts), default=0)
     for name, said in facts:
-        console.print(Text.assemble((name.ljust(width), "bold"), "  ", said))
+        console.print(Text.assemble((name.ljust(width), "bold"), "  ", harmless(said)))
 
 
 def continued(name: str, lines: Sequence[str]) -> list[tuple[str, str]]:
@@ -42,16 +46,21 @@ def continued(name: str, lines: Sequence[str]) -> list[tuple[str, str]]:
 
 def print_line(line: str = "", style: str = "") -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-    console.print(Text(line, style=style))
+    console.print(Text(harmless(line), style=style))
 
 
 def print_json(value: object) -> None:
     print(json.dumps(value, default=_as_json, indent=2, allow_nan=False))
 
 
+def as_json_object(value: DataclassInstance) -> dict[str, object]:
+    """The fields of a value that some function returned, for `print_json`."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
 def _as_json(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return as_json_object(value)
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, Path):
