@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from had_pipe import corpus
-from had_pipe.cache import Cache, Codec, Part, Plan, Statistics, integrity, layout, writer
-from had_pipe.cache.codec import fidelity
+from had_pipe.cache import Cache, Part, Plan, Statistics, integrity, layout, writer
+from had_pipe.cache.codec import calibrate, sample_groups
 from had_pipe.cache.layout import Receipt
 from had_pipe.durable import free_files, free_nbytes
 from had_pipe.errors import (
@@ -51,10 +51,6 @@ from had_pipe.parts import (
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe
 from had_pipe.teachers.teacher import Teacher
-
-# Calibration: the channels' mean and std are then known to about half a percent of a std.
-_CALIBRATION_GROUPS = 1 << 15
-_HELD_OUT_GROUPS = 1 << 13
 
 _LOOK_SECONDS = 0.5  # between two looks at parts that others are making
 
@@ -193,26 +189,16 @@ def _make_plan(
     """Windows, masks and calibration, written as the plan."""
     splits = corpus.lay_out(references, asked.windows)
     split = "train" if "train" in splits else max(splits, key=lambda s: len(splits[s].kmer_id))
-    codec = Codec(asked.cache.codec, cast(Any, teacher.dtype))
+    # Rows are in random order, so the first ones are a random sample.
     sample = _sample(asked, teacher, splits[split], given is not None, report)
-    # Rows are in random order, so the first ones are a random sample, and the last of these are
-    # windows that calibration has not seen.
-    if given is not None:
-        statistics, tested = given, sample
-    else:
-        held_out = max(1, min(len(sample) // 4, -(-_HELD_OUT_GROUPS // asked.windows.stored)))
-        known = sample[:-held_out] if len(sample) > 1 else sample
-        statistics, tested = Statistics.of(known), sample[-held_out:]
-    decoded = tested
-    if codec.name != "exact":
-        stored = codec.encode(tested, statistics.mean, statistics.std)
-        decoded = codec.decode(*stored, statistics.mean, statistics.std)
+    found = calibrate(asked.cache.codec, cast(Any, teacher.dtype), sample, given=given)
     return writer.create(
         asked.cache.path,
         described=described,
         splits=splits,
-        statistics=statistics,
-        fidelity=fidelity(tested, decoded),
+        statistics=found.statistics,
+        fidelity=found.fidelity,
+        codebook=found.codec.codebook,
     )
 
 
@@ -220,7 +206,7 @@ def _sample(
     asked: Job, teacher: Teacher, data: writer.SplitData, given: bool, report: Reporter
 ) -> npt.NDArray[np.float32]:
     """Embeddings (W, G, D) of the first rows of a split, for calibration and fidelity."""
-    groups = _HELD_OUT_GROUPS + (0 if given else _CALIBRATION_GROUPS)
+    groups = sample_groups(asked.cache.codec, given=given)
     windows = min(len(data.kmer_id), -(-groups // asked.windows.stored))
     batch = batch_windows(teacher, kmers=asked.windows.kmers, part=asked.cache.part)
     begun, sample = time.monotonic(), []
@@ -390,9 +376,8 @@ def check_room(path: Path, plan: Plan, parts: Sequence[Part]) -> None:
     needed, free = plan.shards_nbytes(parts), free_nbytes(path)
     if needed > free:
         raise StorageError(
-            f"{path}: {needed / 1e9:,.2f} GB are still to be written, {free / 1e9:,.2f} GB are "
-            "free. Everything committed so far is intact; make room, then run the same command "
-            "again"
+            f"{path}: {needed:,} bytes are still to be written, {free:,} are free. Everything "
+            "committed so far is intact; make room, then run the same command again"
         )
     files, free_now = len(parts) * (len(plan.signals) + 1), free_files(path)
     if free_now is not None and files > free_now:

@@ -210,8 +210,9 @@ class Cache(Section):
 
     path: RecipePath
     """The cache's folder."""
-    codec: Literal["int8", "exact"] = "int8"
-    """`int8`: channel-normalised, one scale a token; `exact`: the teacher's own bits."""
+    codec: Literal["int8", "exact", "compact", "tiny"] = "int8"
+    """`int8`: channel-normalised, one scale a token; `exact`: the teacher's own bits; `compact`,
+    `tiny`: a fourth and an eighth of float16, with levels learnt from a sample."""
     part: Annotated[int, Field(gt=0, le=2**20)] = 1024
     """Windows in a part: one shard, one receipt, one unit of resume."""
     statistics: RecipePath | None = None

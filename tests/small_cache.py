@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from had_pipe.cache import Codec, Statistics, integrity, writer
+from had_pipe.cache.codec import CodecName
 from had_pipe.dna import kmers as dna
 
 
@@ -27,7 +28,7 @@ def build_cache(
     views: int = 1,
     seed: int = 0,
     statistics_seed: int = 0,
-    codec: Literal["int8", "exact"] = "int8",
+    codec: CodecName = "int8",
     store: Literal["visible", "masked", "all"] = "visible",
     spoilt: int | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
@@ -74,6 +75,7 @@ def build_cache(
         )
     calibration = np.random.default_rng([statistics_seed, 2]).normal(size=(500, channels))
     statistics = Statistics.of(calibration * 2)
+    encoder = Codec.fit(codec, dtype, statistics, (calibration * 2)[None])
     plan = writer.create(
         folder,
         described={
@@ -121,6 +123,7 @@ def build_cache(
         splits=splits,
         statistics=statistics,
         fidelity={"relative": 0.0},
+        codebook=encoder.codebook,
     )
     for place in islice(plan.parts(), parts):
         data = splits[place.split]
@@ -139,13 +142,14 @@ def build_cache(
         if codec == "exact" and dtype == "bfloat16":
             arrays = ((teacher.view(np.uint32) >> 16).astype(np.uint16), None)
         else:
-            arrays = Codec(codec, dtype).encode(
+            arrays = encoder.encode(
                 teacher.astype(dtype) if codec == "exact" else teacher,
                 statistics.mean,
                 statistics.std,
             )
         with writer.PartWriter(folder, plan, place, numerics={"device": "none"}) as opened:
             opened.append(*(array for array in arrays if array is not None))
+            opened.sync()
             opened.commit()
     if parts is None:
         integrity.seal(folder)

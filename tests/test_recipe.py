@@ -122,7 +122,7 @@ REFUSED = [
     (
         "[cache]",
         "[cache]\ncodec = 'bf16'",
-        "[cache] codec = 'bf16': must be one of 'int8', 'exact'",
+        "[cache] codec = 'bf16': must be one of 'int8', 'exact', 'compact', 'tiny'",
     ),
     (f'"{COMMIT}"', '"main"', "[teacher] revision = 'main': must be a 40-digit commit hash"),
     (

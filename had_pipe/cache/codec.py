@@ -1,7 +1,8 @@
 """Float embeddings to what is stored and back, and how much that loses.
 
 Written on the arrays it is handed, NumPy or torch on any device: this module imports neither torch
-nor Zarr. Formulas: docs/cache-format.md, Codecs.
+nor Zarr. Formulas: docs/cache-format.md, Codecs. What `compact` and `tiny` learn from the
+calibration sample: had_pipe.cache.codebook.
 
 W windows, G stored groups, D channels.
 """
@@ -16,6 +17,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from had_pipe.cache.codebook import Codebook
+
+CodecName = Literal["int8", "exact", "compact", "tiny"]
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
 Space = Literal["raw", "normalised"]
 
 Array = Any
@@ -25,6 +32,20 @@ STD_FLOOR = 0.01
 """Least channel std, as a share of the median: a dead channel must not become noise."""
 
 _SCALES = (2.0**-24, 65504.0)  # float16 without 0 and infinity
+
+# The channels' mean and std are then known to about half a percent of a std; axes take more.
+_CALIBRATION_GROUPS = 1 << 15
+_LEARNT_GROUPS = 1 << 16
+HELD_OUT_GROUPS = 1 << 13
+"""Stored groups that fidelity is measured on, none of which calibration has seen."""
+
+_SCALE_NBYTES = 2
+_VALUES_A_BYTE = {"compact": 2, "tiny": 4}
+
+
+def code_nbytes(name: str, channels: int) -> int:
+    """Bytes of a group's code, so that with its scale it has a fourth or an eighth of float16."""
+    return max(1, channels // _VALUES_A_BYTE[name] - _SCALE_NBYTES)
 
 
 @dataclass(frozen=True)
@@ -50,15 +71,36 @@ class Statistics:
 class Codec:
     """One way to store embeddings of a teacher that computes in `dtype`."""
 
-    name: Literal["int8", "exact"]
-    dtype: Literal["float32", "float16", "bfloat16"]
+    name: CodecName
+    dtype: Dtype
+    codebook: Codebook | None = None
+    """Of `compact` and `tiny`."""
+
+    @staticmethod
+    def fit(
+        name: CodecName,
+        dtype: Dtype,
+        statistics: Statistics,
+        sample_WGD: npt.NDArray[np.floating[Any]],
+    ) -> Codec:
+        """A codec that suits a calibration sample; `int8` and `exact` learn nothing from it."""
+        if not learns(name):
+            return Codec(name, dtype)
+        channels = sample_WGD.shape[-1]
+        z_ND = sample_WGD.reshape(-1, channels).astype(np.float32) - statistics.mean
+        z_ND /= statistics.std
+        return Codec(name, dtype, Codebook.fit(z_ND, code_nbytes(name, channels)))
 
     def encode(self, embedding_WGD: Array, mean_D: Array, std_D: Array) -> tuple[Array, Array]:
-        """What is stored: value (W, G, D), and scale (W, G), which is None for `exact`."""
+        """What is stored: value (W, G, D), or (W, G, bytes of a code), and scale (W, G), which is
+        None for `exact`. Never depends on which other groups are encoded with a group."""
         x = embedding_WGD
         if self.name == "exact":
             return (_bits(x) if self.dtype == "bfloat16" else x), None
         z = (_cast(x, "float32") - mean_D) / std_D
+        if self.codebook is not None:
+            code_NC, scale_N = self.codebook.encode(z.reshape(-1, z.shape[-1]))
+            return code_NC.reshape(*z.shape[:-1], -1), scale_N.reshape(z.shape[:-1])
         largest = _namespace(z).amax(abs(z), -1)
         scale = _cast((largest / 127).clip(*_SCALES), "float16")
         value = (z / _cast(scale, "float32")[..., None]).round().clip(-127, 127)
@@ -78,14 +120,28 @@ class Codec:
             x = _from_bits(value_WGD) if self.dtype == "bfloat16" else _cast(value_WGD, "float32")
             return x if space == "raw" else (x - mean_D) / std_D
         assert scale_WG is not None
+        if self.codebook is not None:
+            code_NC = value_WGD.reshape(-1, value_WGD.shape[-1])
+            z = self.codebook.decode(code_NC, scale_WG.reshape(-1))
+            z = z.reshape(*value_WGD.shape[:-1], -1)
+            return z * std_D + mean_D if space == "raw" else z
         z = _cast(value_WGD, "float32") * _cast(scale_WG, "float32")[..., None]
         return z * std_D + mean_D if space == "raw" else z
 
     @property
     def formula(self) -> Mapping[str, str]:
         """How anyone decodes, for the attributes of the store."""
+        names = "('mean', 'std')"
+        wanted = "mean, std"
         if self.name == "int8":
             line = "x = value.astype('f4') * scale.astype('f4')[..., None] * std + mean"
+        elif learns(self.name):
+            names = "('mean', 'std', 'rotation', 'level', 'byte')"
+            wanted = "mean, std, rotation, level, byte"
+            line = (
+                "x = (level[value[:, byte], np.arange(len(byte))] * scale.astype('f4')[:, None]) "
+                "@ rotation * std + mean"
+            )
         elif self.dtype == "bfloat16":
             line = "x = (value.astype('u4') << 16).view('f4')"
         else:
@@ -95,14 +151,56 @@ class Codec:
             "numpy": (
                 "import numpy as np, zarr\n"
                 "root = zarr.open_group('data.zarr', mode='r')\n"
-                "mean, std = (root[f'statistics/embedding/{k}'][:] for k in ('mean', 'std'))\n"
+                f"{wanted} = (root[f'statistics/embedding/{{k}}'][:] for k in {names})\n"
                 "e = root['train/0/embedding']  # split train, view 0\n"
                 "value = e['value'][0]"
-                + ("; scale = e['scale'][0]" if self.name == "int8" else "")
+                + ("; scale = e['scale'][0]" if self.name != "exact" else "")
                 + "\n"
                 + line
             ),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """A codec with all that it needs, and what it loses of groups it has not seen."""
+
+    codec: Codec
+    statistics: Statistics
+    fidelity: Mapping[str, float]
+
+
+def sample_groups(name: str, *, given: bool) -> int:
+    """Stored groups that `calibrate` wants to see; `given`: where mean and std are."""
+    if learns(name):
+        return HELD_OUT_GROUPS + _LEARNT_GROUPS
+    return HELD_OUT_GROUPS + (0 if given else _CALIBRATION_GROUPS)
+
+
+def calibrate(
+    name: CodecName,
+    dtype: Dtype,
+    sample_WGD: npt.NDArray[np.float32],
+    *,
+    given: Statistics | None = None,
+) -> Calibrated:
+    """Fit a codec to whole windows in random order, the last of which are kept for measuring."""
+    windows, stored, _ = sample_WGD.shape
+    held_out = max(1, min(windows // 4, -(-HELD_OUT_GROUPS // stored)))
+    known = sample_WGD[:-held_out] if windows > 1 else sample_WGD
+    tested = sample_WGD[-held_out:] if learns(name) or given is None else sample_WGD
+    statistics = given or Statistics.of(known)
+    codec = Codec.fit(name, dtype, statistics, known)
+    decoded = tested
+    if name != "exact":
+        stored_WG = codec.encode(tested, statistics.mean, statistics.std)
+        decoded = codec.decode(*stored_WG, statistics.mean, statistics.std)
+    return Calibrated(codec=codec, statistics=statistics, fidelity=fidelity(tested, decoded))
+
+
+def learns(name: str) -> bool:
+    """Whether a codec is fitted to a calibration sample, beyond the channels' mean and std."""
+    return name in _VALUES_A_BYTE
 
 
 def fidelity(

@@ -543,8 +543,8 @@ def _planned_problems(cache: Path, plan: Plan) -> Iterator[Problem]:
     found: dict[str, Any] = {"windows": _windows_digest(cache, plan)}
     try:
         opened = Cache(cache, plan, None, check="always")
-        found |= {"statistics/embedding/mean": hashlib.sha256(opened.mean.data)}
-        found |= {"statistics/embedding/std": hashlib.sha256(opened.std.data)}
+        for name, array in opened.statistics.items():
+            found[f"statistics/embedding/{name}"] = hashlib.sha256(array.data)
         for part in plan.parts():
             below = f"{part.split}/{part.view}"
             kmer_id, mask, reverse = opened.seen(part)

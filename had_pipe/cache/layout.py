@@ -30,6 +30,8 @@ from pydantic import (
     model_validator,
 )
 
+from had_pipe.cache.codebook import MOST_CHANNELS, Codebook
+from had_pipe.cache.codec import CodecName, code_nbytes, learns
 from had_pipe.cache.door import read_object
 from had_pipe.dna.kmers import K
 from had_pipe.errors import CacheCorrupt, CacheRefused, RecipeError, shown
@@ -167,7 +169,7 @@ class Plan(_Document):
     splits: Annotated[dict[SplitName, SplitPlan], Field(min_length=1)]
     part: Annotated[int, Field(gt=0, le=1 << 20)]
     teacher: TeacherPlan
-    codec: Literal["int8", "exact"]
+    codec: CodecName
     licence: Text
     licence_reason: Text | None
     statistics: Sha256
@@ -184,6 +186,11 @@ class Plan(_Document):
     def _bounded(self) -> Self:
         if self.part_count > _MOST_PARTS:
             raise ValueError(f"{self.part_count:,} parts, more than {_MOST_PARTS:,}")
+        if learns(self.codec) and self.teacher.channels > MOST_CHANNELS:
+            raise ValueError(
+                f"{self.teacher.channels:,} channels as {self.codec!r}, which takes at most "
+                f"{MOST_CHANNELS:,}"
+            )
         largest = max(2 * self.part * self.windows.kmers, *(s.nbytes for s in self.signals))
         if largest > _LARGEST_ARRAY:
             raise ValueError(
@@ -241,6 +248,23 @@ class Plan(_Document):
         )
 
     @property
+    def table_nbytes(self) -> int:
+        """Most bytes of windows.parquet, packed or not: names of contigs have any length."""
+        return (1 << 22) + 256 * sum(split.windows for split in self.splits.values())
+
+    @property
+    def largest_nbytes(self) -> int:
+        """Most bytes of any object, but for the manifest: no plan of ours implies a longer one."""
+        of_arrays = (shard_nbytes(s, windows=self.part, part=self.part) for s in self.signals)
+        of_json = _LARGEST_PLAN + 6 * self.part * len(self.signals) + 256 * self.teacher.channels
+        chunk = 2 * self.part * self.windows.kmers + CRC_NBYTES
+        statistics = (
+            int(np.prod(shape)) * np.dtype(dtype).itemsize + CRC_NBYTES
+            for dtype, shape in self.statistics_arrays.values()
+        )
+        return max(*of_arrays, of_json, chunk, *statistics, self.table_nbytes)
+
+    @property
     def signals(self) -> tuple[Signal, ...]:
         """The sharded arrays of a view, in the order in which they are written."""
         return signals(
@@ -249,6 +273,13 @@ class Plan(_Document):
             groups=self.windows.stored,
             channels=self.teacher.channels,
         )
+
+    @property
+    def statistics_arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Element type and shape of what decoding needs besides a window: one chunk each."""
+        channels = self.teacher.channels
+        of_channels = {"mean": ("float32", (channels,)), "std": ("float32", (channels,))}
+        return {**of_channels, **(Codebook.shapes(channels) if learns(self.codec) else {})}
 
     def keys(self) -> Iterator[str]:
         """Every data object and receipt a sealed cache holds, metadata and manifest apart."""
@@ -261,15 +292,15 @@ class Plan(_Document):
         for part in self.parts():
             yield part.receipt_key
             yield from (part.shard_key(signal) for signal in self.signals)
-        yield f"{DATA}/statistics/embedding/mean/c/0"
-        yield f"{DATA}/statistics/embedding/std/c/0"
+        for name, (_, shape) in self.statistics_arrays.items():
+            yield f"{DATA}/{statistic_key(name, shape)}"
 
     def metadata_keys(self) -> Iterator[str]:
         """Every zarr.json a cache holds."""
         yield f"{DATA}/zarr.json"
         for group in ("statistics", "statistics/embedding"):
             yield f"{DATA}/{group}/zarr.json"
-        for name in ("mean", "std"):
+        for name in self.statistics_arrays:
             yield f"{DATA}/statistics/embedding/{name}/zarr.json"
         for split, of_split in self.splits.items():
             yield f"{DATA}/{split}/zarr.json"
@@ -279,6 +310,11 @@ class Plan(_Document):
                 yield f"{DATA}/{split}/{view}/embedding/zarr.json"
                 for array in ("mask", "reversed", *(signal.path for signal in self.signals)):
                     yield f"{DATA}/{split}/{view}/{array}/zarr.json"
+
+
+def statistic_key(name: str, shape: tuple[int, ...]) -> str:
+    """Where the one chunk of an array of statistics lies, below data.zarr."""
+    return f"statistics/embedding/{name}/c{'/0' * len(shape)}"
 
 
 @dataclass(frozen=True)
@@ -302,11 +338,11 @@ class Signal:
 
 def signals(codec: str, dtype: str, *, groups: int, channels: int) -> tuple[Signal, ...]:
     """What a codec stores of a teacher that computes in `dtype`."""
-    if codec == "int8":
-        return (
-            Signal("embedding/value", "int8", (groups, channels)),
-            Signal("embedding/scale", "float16", (groups,)),
-        )
+    if codec != "exact":
+        value = Signal("embedding/value", "int8", (groups, channels))
+        if learns(codec):
+            value = Signal("embedding/value", "uint8", (groups, code_nbytes(codec, channels)))
+        return (value, Signal("embedding/scale", "float16", (groups,)))
     stored = "uint16" if dtype == "bfloat16" else dtype
     return (Signal("embedding/value", stored, (groups, channels)),)
 

@@ -24,7 +24,8 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
-from had_pipe.cache.codec import Codec
+from had_pipe.cache.codebook import Codebook
+from had_pipe.cache.codec import Codec, learns
 from had_pipe.cache.door import open_object, read_object
 from had_pipe.cache.layout import (
     CRC_NBYTES,
@@ -44,6 +45,7 @@ from had_pipe.cache.layout import (
     receipt_limit,
     shard_index,
     shard_nbytes,
+    statistic_key,
 )
 from had_pipe.cache.loci import WindowTable
 from had_pipe.dna.kmers import KMERS, K, reverse_complement
@@ -53,6 +55,7 @@ Check = Literal["first", "always", "never"]
 """When a window's CRC is compared: the first time this process reads it, always, never."""
 
 _LARGEST_ATTRIBUTES = 1 << 20
+_POSITIVE = ("std", "spread")
 _OPEN_PARTS = 128  # parts whose files and small arrays are kept at hand
 _ROWS_A_CALL = 512  # preadv takes at most IOV_MAX (1024) buffers, two a row
 
@@ -105,7 +108,6 @@ class Cache:
         self.sealed = manifest is not None
         self.id = manifest.id if manifest else plan.id
         """The cache id; of an unsealed cache, the plan id."""
-        self.codec = Codec(plan.codec, plan.teacher.dtype)
         self._manifest = manifest
         self._check = check
         self._parts: OrderedDict[Part, _OpenPart] = OrderedDict()
@@ -114,6 +116,7 @@ class Cache:
         self._windows_checked = False
         self.mean = self._statistic("mean")
         self.std = self._statistic("std")
+        self.codec = Codec(plan.codec, plan.teacher.dtype, self._codebook())
 
     @classmethod
     def open(cls, path: Path, *, incomplete: bool = False, check: Check = "first") -> Cache:
@@ -133,6 +136,12 @@ class Cache:
         if manifest is not None:
             _agree(path, manifest, plan)
         return cls(path, plan, manifest, check=check)
+
+    @property
+    def statistics(self) -> Mapping[str, npt.NDArray[Any]]:
+        """All that decoding needs besides a window, by name."""
+        learnt = self.codec.codebook.arrays if self.codec.codebook is not None else {}
+        return {"mean": self.mean, "std": self.std, **learnt}
 
     def rows(self, split: str) -> int:
         """How many windows a split has."""
@@ -298,21 +307,35 @@ class Cache:
             raise CacheError(f"{self.path}: no split {split!r} here; it has {known}")
         return self.plan.splits[split]
 
-    def _statistic(self, name: str) -> npt.NDArray[np.float32]:
-        key = f"{DATA}/statistics/embedding/{name}/c/0"
-        values = self._chunk(key, "float32", (self.plan.teacher.channels,))
+    def _statistic(self, name: str) -> npt.NDArray[Any]:
+        dtype, shape = self.plan.statistics_arrays[name]
+        key = f"{DATA}/{statistic_key(name, shape)}"
+        values = self._chunk(key, dtype, shape)
         if hashlib.sha256(values.data).hexdigest() != self.plan.contents.get(
             f"statistics/embedding/{name}"
         ):
             raise CacheCorrupt(
                 f"{self.path}: {key} is not what the plan says; {_remedy(self.path)}"
             )
-        if not np.isfinite(values).all() or (name == "std" and not (values > 0).all()):
+        if not np.isfinite(values).all() or (name in _POSITIVE and not (values > 0).all()):
             raise CacheCorrupt(
-                f"{self.path}: {key} holds numbers that are no {name}: they must be finite, a std "
-                f"positive; {_remedy(self.path)}"
+                f"{self.path}: {key} holds numbers that are no {name}: they must be finite, a "
+                f"{' or '.join(_POSITIVE)} positive; {_remedy(self.path)}"
             )
         return values
+
+    def _codebook(self) -> Codebook | None:
+        plan = self.plan
+        if not learns(plan.codec):
+            return None
+        arrays = {name: self._statistic(name) for name in Codebook.shapes(plan.teacher.channels)}
+        nbytes = plan.signals[0].window[-1]
+        if sorted(set(arrays["byte"].tolist())) != list(range(nbytes)):
+            raise CacheCorrupt(
+                f"{self.path}: statistics/embedding/byte does not name each of the {nbytes:,} "
+                f"bytes of a code; {_remedy(self.path)}"
+            )
+        return Codebook(**arrays)
 
     def _open_part(self, part: Part) -> _OpenPart:
         with self._lock:

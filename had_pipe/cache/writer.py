@@ -23,6 +23,7 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
+from had_pipe.cache.codebook import BYTE_VALUES, Codebook
 from had_pipe.cache.codec import Codec, Statistics
 from had_pipe.cache.layout import (
     DATA,
@@ -83,6 +84,7 @@ def create(
     splits: Mapping[str, SplitData],
     statistics: Statistics,
     fidelity: Mapping[str, float],
+    codebook: Codebook | None = None,
 ) -> Plan:
     """Write plan.json and all that is made at plan time; `described` holds the plan's other fields.
 
@@ -95,7 +97,9 @@ def create(
     for split, data in splits.items():
         for line in _table_lines(split, data.table, names):
             lines.update(line)
-    contents = {"windows": lines.hexdigest(), **_array_digests(splits, statistics)}
+    arrays = {"mean": statistics.mean, "std": statistics.std}
+    arrays |= codebook.arrays if codebook is not None else {}
+    contents = {"windows": lines.hexdigest(), **_array_digests(splits, arrays)}
     plan = Plan.new(
         {
             **described,
@@ -114,7 +118,7 @@ def create(
                 shutil.rmtree(leftover)
         (cache / WINDOWS).unlink(missing_ok=True)
         make_folder(aside)
-        _write_zarr(aside / DATA, plan, splits, statistics, fidelity)
+        _write_zarr(aside / DATA, plan, splits, arrays, fidelity)
         _write_windows(aside / WINDOWS, splits, names)
         sync_tree(aside)
     publish(aside / DATA, cache / DATA)
@@ -135,11 +139,10 @@ def statistics_digest(statistics: Statistics) -> str:
     return digest(np.concatenate([statistics.mean, statistics.std]))
 
 
-def _array_digests(splits: Mapping[str, SplitData], statistics: Statistics) -> dict[str, str]:
-    found = {
-        "statistics/embedding/mean": digest(statistics.mean),
-        "statistics/embedding/std": digest(statistics.std),
-    }
+def _array_digests(
+    splits: Mapping[str, SplitData], statistics: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, str]:
+    found = {f"statistics/embedding/{name}": digest(array) for name, array in statistics.items()}
     for split, data in splits.items():
         found[f"{split}/kmer_id"] = digest(data.kmer_id)
         for view in data.mask:
@@ -205,7 +208,7 @@ def _write_zarr(
     path: Path,
     plan: Plan,
     splits: Mapping[str, SplitData],
-    statistics: Statistics,
+    statistics: Mapping[str, npt.NDArray[Any]],
     fidelity: Mapping[str, float],
 ) -> None:
     """The Zarr hierarchy: all metadata, and every array but the embeddings."""
@@ -247,18 +250,20 @@ def _write_zarr(
             config={"write_empty_chunks": True},
         )
 
-    channels = plan.teacher.channels
     root.create_group("statistics").create_group("embedding")
-    for name, values in (("mean", statistics.mean), ("std", statistics.std)):
+    assert {name: (str(a.dtype), a.shape) for name, a in statistics.items()} == (
+        plan.statistics_arrays
+    )
+    for name, (dtype, shape) in plan.statistics_arrays.items():
         stored = array(
             f"statistics/embedding/{name}",
-            (channels,),
-            (channels,),
-            "float32",
-            ("channel",),
-            fill=float("nan"),
+            shape,
+            shape,
+            dtype,
+            _STATISTIC_DIMENSIONS.get(name, ("component",)),
+            fill=_FILL[dtype] if dtype == "float32" else 65535,
         )
-        stored[:] = values
+        stored[...] = statistics[name]
     part = plan.part
     for split, data in splits.items():
         windows, kmers = data.kmer_id.shape
@@ -294,14 +299,24 @@ def _write_zarr(
                     (windows, *signal.window),
                     (1, *signal.window),
                     signal.dtype,
-                    ("window", "group", "channel")[: 1 + len(signal.window)],
+                    ("window", "group", "byte" if signal.dtype == "uint8" else "channel")[
+                        : 1 + len(signal.window)
+                    ],
                     fill=_FILL[signal.dtype],
                     shard=(part, *signal.window),
                 )
 
 
+_STATISTIC_DIMENSIONS: Mapping[str, tuple[str, ...]] = {
+    "mean": ("channel",),
+    "std": ("channel",),
+    "rotation": ("component", "channel"),
+    "level": ("code", "component"),
+}
+
 _FILL: Mapping[str, object] = {
     "int8": -128,
+    "uint8": BYTE_VALUES,
     "uint16": 0x7FFF,
     "float16": float("nan"),
     "float32": float("nan"),
