@@ -53,6 +53,8 @@ from had_pipe.recipe import Recipe
 from had_pipe.teachers.teacher import Teacher
 
 _LOOK_SECONDS = 0.5  # between two looks at parts that others are making
+_WAITING = 2
+"""Parts embedded and not yet committed, before another is begun: memory, and what a kill costs."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,7 @@ def _make_parts(
         while left:
             before = tally.parts
             for part in left:
-                while in_work and (in_work[0].done() or stopping()):
+                while in_work and (in_work[0].done() or len(in_work) >= _WAITING or stopping()):
                     tally.committed(in_work.popleft().result())
                 if stopping():
                     missing = len(integrity.missing_parts(path, plan))
