@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from had_pipe import corpus
-from had_pipe.cache import Codec, Plan, Statistics, integrity, layout
-from had_pipe.cache.codec import fidelity
+from had_pipe.cache import Plan, Statistics, integrity, layout
+from had_pipe.cache.codec import CodecName, calibrate
 from had_pipe.cache.reader import expected_keys
 from had_pipe.dna.windows import REST
 from had_pipe.durable import free_files, free_nbytes
@@ -41,12 +41,12 @@ from had_pipe.teachers.teacher import Teacher
 
 _PROBE_SECONDS = 5.0
 
-# What a codec is fitted to and tested on: at most so many stored groups, and for fitting at least
-# so many times the channels, or what is measured says more of the sample than of the codec.
-_FITTED_GROUPS, _TESTED_GROUPS = 1 << 14, 1 << 12
+# What codecs are fitted to and tested on: about so many stored groups, and for fitting at least so
+# many times the channels, or what is measured says more of the sample than of the codec.
+_SAMPLED_GROUPS = 1 << 14
 _LEAST_GROUPS_A_CHANNEL = 8
 
-CODECS: tuple[str, ...] = get_args(Plan.model_fields["codec"].annotation)
+CODECS: tuple[CodecName, ...] = get_args(CodecName)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +117,12 @@ def survey(
     asked = Job.of(recipe)
     check_free_for_us(asked.cache.path)
     references = [corpus.read_reference(genome, report=report) for genome in asked.genomes]
-    wanted = -(-(_FITTED_GROUPS + _TESTED_GROUPS) // asked.windows.stored)
-    coverage = corpus.survey_windows(references, asked.windows, sample=wanted)
     teacher = asked.load(device, offline)
     check_teacher(teacher, asked.windows)
+    wanted = max(
+        -(-_SAMPLED_GROUPS // asked.windows.stored), _least_windows(asked.windows.stored, teacher)
+    )
+    coverage = corpus.survey_windows(references, asked.windows, sample=wanted)
     given = given_statistics(asked, teacher)
     plans = {codec: _outline(asked, references, coverage, teacher, codec) for codec in CODECS}
     plan = plans[asked.cache.codec]
@@ -276,9 +278,9 @@ def _probe(
 
 
 def _least_windows(stored: int, teacher: Teacher) -> int:
-    """Windows without which nothing is said of the codecs: for fitting, and a fourth for tests."""
+    """Windows without which nothing is said of the codecs: for fitting, and a third for tests."""
     fitted = -(-_LEAST_GROUPS_A_CHANNEL * teacher.channels // stored)
-    return fitted + max(1, fitted // 4)
+    return fitted + max(1, fitted // 3)
 
 
 def _losses(
@@ -288,18 +290,10 @@ def _losses(
     windows, stored, _ = sample_WGD.shape
     if windows < _least_windows(stored, teacher):
         return {}
-    tested = max(1, min(windows // 5, -(-_TESTED_GROUPS // stored)))
-    fitted_WGD, tested_WGD = sample_WGD[:-tested], sample_WGD[-tested:]
-    statistics = given or Statistics.of(fitted_WGD)
-    losses: dict[str, Mapping[str, float]] = {}
-    for name in CODECS:
-        codec = Codec.fit(cast(Any, name), cast(Any, teacher.dtype), statistics, fitted_WGD)
-        decoded = tested_WGD
-        if name != "exact":
-            encoded = codec.encode(tested_WGD, statistics.mean, statistics.std)
-            decoded = codec.decode(*encoded, statistics.mean, statistics.std)
-        losses[name] = fidelity(tested_WGD, decoded)
-    return losses
+    return {
+        name: calibrate(name, cast(Any, teacher.dtype), sample_WGD, given=given).fidelity
+        for name in CODECS
+    }
 
 
 def _state(

@@ -70,6 +70,7 @@ def test_bytes_a_group_are_those_of_its_shards(
         shards = [file for file in arrays if "embedding" in file.parts and "0" in file.parts]
         shards = [file for file in shards if "statistics" not in file.parts]
         signals = 1 if codec == "exact" else 2
+        assert len(shards) == signals * -(-Cache.open(path).rows("train") // 64)
         windows = Cache.open(path).rows("train")
         parts = -(-windows // 64)
         around = signals * (windows * 4 + parts * (64 * 16 + 4))
@@ -100,9 +101,9 @@ def test_too_few_groups_say_nothing_of_codecs(
     letters = "".join(np.random.default_rng(1).choice(list("ACGT"), 60 * 12))
     few = write_fasta(tmp_path / "few.fa", {"one": letters})
     found = told(a_recipe(few, tmp_path / "none"), monkeypatch)
-    # Eight times the channels in whole windows of 7 stored groups, and a fourth of that for tests.
+    # Eight times the channels in whole windows of 7 stored groups, and a third of that for tests.
     least = -(-8 * CHANNELS // 7)
-    assert found.needed_groups == 7 * (least + least // 4)
+    assert found.needed_groups == 7 * (least + least // 3)
     assert found.probed_groups == 7 * 12
     assert all(cost.fidelity is None for cost in found.codecs.values())
 
