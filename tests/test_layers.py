@@ -60,6 +60,7 @@ OWNERS: dict[str, set[str]] = {
     "pyarrow": {"cache"},
     "crc32c": {"cache"},
     "threadpoolctl": {"cache"},
+    "threadpoolctl": {"cache"},
     "dask": set(),
     "distributed": set(),
     "dnaio": {"dna"},
