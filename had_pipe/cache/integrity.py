@@ -42,7 +42,7 @@ from had_pipe.cache.loci import WindowTable
 from had_pipe.cache.reader import Cache, check_receipt, expected_keys, refuse_endless
 from had_pipe.draws import Purpose, permutation
 from had_pipe.durable import make_folder, storage, sync_folder, write_file
-from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete
+from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete, shown
 from had_pipe.progress import Progress, Reporter, silent
 
 Level = Literal["structure", "sample", "everything"]
@@ -66,7 +66,7 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.found}, expected {self.expected}; {self.remedy}"
+        return shown(f"{self.key}: {self.found}, expected {self.expected}; {self.remedy}")
 
 
 @dataclass(frozen=True)
@@ -171,15 +171,14 @@ def clear_work(cache: Path) -> None:
 
 def _removed(folder: Path) -> bool:
     """Remove a folder and all in it, whoever else removes or adds; whether it is gone."""
-    for below, _, names in os.walk(folder, topdown=False):
-        for name in names:
+    for below, folders, names in os.walk(folder, topdown=False):
+        links = [name for name in folders if Path(below, name).is_symlink()]
+        for name in (*names, *links):
             Path(below, name).unlink(missing_ok=True)
         try:
             Path(below).rmdir()
         except FileNotFoundError:
             pass
-        except NotADirectoryError:  # a link to a folder: os.walk names it, and does not follow it
-            Path(below).unlink(missing_ok=True)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
                 raise
@@ -210,6 +209,7 @@ def verify(
     sealed = manifest is not None
     objects = _Objects(plan)
     problems: list[Problem] = []
+    since: dict[Part, object] = {}
     records: dict[str, ObjectRecord] = {PLAN: _record(raw)}
     if manifest is not None:
         refuse_endless(cache, plan, manifest)
@@ -224,7 +224,8 @@ def verify(
         parts = list(plan.parts())
     else:
         problems += _planned_problems(cache, plan)
-        parts = list(_made_parts(cache, plan))
+        parts = _made_parts(cache, plan)
+        since = {part: _receipt_stamp(cache, part) for part in parts}
     for part in parts:
         problems += _part_problems(cache, plan, part, records, sealed=sealed)
     seen, strangers = _look_around(cache, objects, sealed=sealed)
@@ -237,8 +238,11 @@ def verify(
         nbytes = seen.get(key)
         if nbytes is None:
             nbytes = _length(cache, key)
-        if nbytes == record.nbytes:
+        if nbytes == record.nbytes and nbytes <= plan.largest_nbytes:
             lengths[key] = nbytes
+        elif nbytes == record.nbytes:
+            most = f"at most {plan.largest_nbytes:,}"
+            problems.append(Problem(key, f"{nbytes:,} bytes", most, _AGAIN))
         else:
             told = "missing" if nbytes is None else f"{nbytes:,} bytes"
             problems.append(Problem(key, told, f"{record.nbytes:,} bytes", _remedy(key)))
@@ -252,11 +256,13 @@ def verify(
         hashed += found.nbytes
         if found.sha256 != records[key].sha256:
             problems.append(_other_contents(key, found, records[key]))
-    unique = {(problem.key, problem.found): problem for problem in problems}
-    if not sealed:
-        unique = {
-            at: problem for at, problem in unique.items() if not _withdrawn(cache, objects, problem)
-        }
+    # Parts that others took back meanwhile, or made again, are for another time to judge.
+    stirred = {part for part, stamp in since.items() if stamp != _receipt_stamp(cache, part)}
+    unique = {
+        (problem.key, problem.found): problem
+        for problem in problems
+        if objects.part(problem.key) not in stirred
+    }
     return VerifyReport(
         cache_id=manifest.id if manifest else plan.id,
         sealed=sealed,
@@ -265,7 +271,7 @@ def verify(
         parts=sum(part.receipt_key in seen for part in parts),
         objects=len(chosen),
         nbytes=hashed,
-        problems=tuple(sorted(unique.values(), key=lambda problem: problem.key)),
+        problems=tuple(unique[place] for place in sorted(unique)),
     )
 
 
@@ -602,10 +608,13 @@ def _part_problems(
         records[key] = _record(raw)
 
 
-def _withdrawn(cache: Path, objects: _Objects, problem: Problem) -> bool:
-    """Whether the part a problem is about was taken back meanwhile."""
-    part = objects.part(problem.key)
-    return part is not None and not os.path.lexists(cache / part.receipt_key)
+def _receipt_stamp(cache: Path, part: Part) -> object:
+    """Tells a receipt from one that was written since in its place."""
+    try:
+        found = (cache / part.receipt_key).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return object()  # none: like no other
+    return found.st_ino, found.st_mtime_ns
 
 
 def _look_around(

@@ -488,7 +488,12 @@ def read_plan(cache: Path, *, archived: bool = False) -> tuple[Plan, bytes]:
             f"{cache}: no {PLAN} here, so this is no cache; expected a folder that "
             "`had-pipe extract-teacher` made"
         ) from None
-    return _parse(Plan, raw, cache / PLAN), raw
+    return parse_plan(cache, raw), raw
+
+
+def parse_plan(cache: Path, raw: bytes) -> Plan:
+    """A plan from its bytes. Raises CacheRefused."""
+    return _parse(Plan, raw, cache / PLAN)
 
 
 def read_manifest(cache: Path, plan: Plan) -> Manifest | None:
@@ -500,6 +505,11 @@ def read_manifest(cache: Path, plan: Plan) -> Manifest | None:
         raw = _read_json(cache, MANIFEST, limit=min(_LARGEST_MANIFEST, 256 * entries))
     except FileNotFoundError:
         return None
+    return parse_manifest(cache, raw)
+
+
+def parse_manifest(cache: Path, raw: bytes) -> Manifest:
+    """A manifest from its bytes, its id checked. Raises CacheRefused."""
     path = cache / MANIFEST
     manifest = _parse(Manifest, raw, path)
     if manifest.computed_id != manifest.id:

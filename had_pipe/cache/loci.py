@@ -31,8 +31,6 @@ GROUP_ROWS = 1 << 17
 """Rows of a row group; the last of a split may have fewer."""
 
 _MAGIC = b"PAR1"
-_ROOM = 1 << 22
-_ROOM_A_ROW = 256
 _FOOTER_A_GROUP = 1 << 14
 _LONGEST_HEADER = 1 << 16
 _MOST_PAGES = 1024
@@ -51,6 +49,7 @@ class WindowTable:
         import pyarrow.parquet as pq
 
         self._cache = cache
+        self._room = plan.table_nbytes
         self._errors = (pa.ArrowException, OSError, LookupError, ValueError, OverflowError)
         try:
             self._file = os.fdopen(open_object(cache, WINDOWS), "rb")
@@ -133,9 +132,8 @@ class WindowTable:
     def _check_frame(self) -> None:
         """Lengths of the file and of its footer, before anything of it is parsed."""
         nbytes = os.fstat(self._file.fileno()).st_size
-        most = _ROOM + _ROOM_A_ROW * sum(self._groups)
-        if nbytes > most:
-            self._refuse(f"has {nbytes:,} bytes, expected at most {most:,}")
+        if nbytes > self._room:
+            self._refuse(f"has {nbytes:,} bytes, expected at most {self._room:,}")
         end = os.pread(self._file.fileno(), 8, max(0, nbytes - 8))
         footer = int.from_bytes(end[:4], "little")
         if end[4:] != _MAGIC or os.pread(self._file.fileno(), 4, 0) != _MAGIC:
@@ -177,7 +175,7 @@ class WindowTable:
         if column.dictionary_page_offset is not None:
             at = min(at, column.dictionary_page_offset)
         end = at + column.total_compressed_size
-        room = _ROOM + _ROOM_A_ROW * rows
+        room = self._room
         for _ in range(_MOST_PAGES):
             if at == end:
                 return
