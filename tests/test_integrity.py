@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +23,7 @@ from small_cache import build_cache
 
 from had_pipe.cache import Block, Cache, Part, integrity, layout
 from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheRefused
+from had_pipe.progress import Progress
 
 SHAPE: Mapping[str, Any] = {"windows": 7, "valid": 3, "kmers": 6, "channels": 4, "part": 3}
 
@@ -714,3 +718,367 @@ def test_verify_tells_how_far_it_is(cache: Path) -> None:
     report = integrity.verify(cache, report=told.append)
     assert [one.done for one in told] == sorted(one.done for one in told)
     assert told[-1].done == told[-1].total == report.nbytes
+
+
+# Together: threads, shares, and others at work
+
+
+def large_keys(cache: Path) -> set[str]:
+    files = (path for path in cache.rglob("*") if path.is_file())
+    return {
+        path.relative_to(cache).as_posix()
+        for path in files
+        if path.suffix not in (".json", ".parquet")
+    }
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_shares_look_at_structure_each_and_at_every_large_object_once(
+    count: int, cache: Path
+) -> None:
+    shares = [(number + 1, count) for number in range(count)]
+    small = integrity.verify(cache, level="structure")
+    whole = integrity.verify(cache)
+    found = [integrity.verify(cache, share=share) for share in shares]
+    assert [report.share for report in found] == shares
+    assert sum(r.objects - small.objects for r in found) == whole.objects - small.objects
+    assert sum(r.nbytes - small.nbytes for r in found) == whole.nbytes - small.nbytes
+    for key in sorted(large_keys(cache))[::3]:
+        original = (cache / key).read_bytes()
+        flip(cache / key, 9)
+        named = [
+            [problem.key for problem in integrity.verify(cache, share=share).problems]
+            for share in shares
+        ]
+        assert sorted(named) == [[]] * (count - 1) + [[key]]
+        (cache / key).write_bytes(original)
+    (cache / RECEIPT.format(0)).unlink()
+    for share in shares:
+        problems = integrity.verify(cache, share=share).problems
+        assert [problem.key for problem in problems] == [RECEIPT.format(0)]
+
+
+def test_shares_of_parts_are_alike_in_size_whatever_the_count(cache: Path) -> None:
+    """Thirty parts of one view: no share has more than one part more than another."""
+    plan = Cache.open(cache).plan
+    signal = plan.signals[0]
+    keys = [Part("train", 0, number).shard_key(signal) for number in range(30)]
+    for count in (2, 7, 8, 30, 31):
+        taken = [
+            len(list(integrity._chosen(dict.fromkeys(keys), "everything", (number + 1, count))))
+            for number in range(count)
+        ]
+        assert sum(taken) == 30
+        assert max(taken) - min(taken) <= 1
+
+
+def test_however_many_threads_hash_the_same_is_said(cache: Path, stranger: Path) -> None:
+    for damage in (truncated, older, kmers_swapped, receipt_foreign):
+        damage(cache, stranger)
+    reports = [integrity.verify(cache, threads=threads) for threads in (1, 2, 5)]
+    assert reports[0] == reports[1] == reports[2]
+    assert len(reports[0].problems) == 4
+
+
+def test_files_of_any_length_are_hashed_as_hashlib_does(tmp_path: Path) -> None:
+    """Around the buffer's length, and the bytes that threads take together."""
+    edge = integrity._BUFFER
+    lengths = [0, 1, edge - 1, edge, edge + 1, 2 * edge, 5 * edge + 7, *range(100)]
+    named = {}
+    for number, nbytes in enumerate(lengths):
+        raw = np.random.default_rng(number).bytes(nbytes)
+        (tmp_path / str(number)).write_bytes(raw)
+        named[str(number)] = layout.ObjectRecord(
+            nbytes=nbytes, sha256=hashlib.sha256(raw).hexdigest()
+        )
+    told: list[Progress] = []
+    read = integrity._hashed(
+        tmp_path,
+        {key: record.nbytes for key, record in named.items()},
+        what="reading",
+        threads=3,
+        report=told.append,
+    )
+    assert read == named
+    assert told[-1].done == told[-1].total == sum(lengths)
+    assert {one.unit for one in told} == {"bytes"}
+
+
+def test_a_disk_that_fails_is_named_and_the_rest_is_read(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = integrity.open_object
+
+    def failing(folder: Path, key: str) -> int:
+        if key == VALUE.format(1):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(folder, key)
+
+    flip(cache / VALUE.format(0), 77)
+    monkeypatch.setattr(integrity, "open_object", failing)
+    problems = integrity.verify(cache).problems
+    assert [problem.key for problem in problems] == [VALUE.format(0), VALUE.format(1)]
+    assert problems[1].found == "cannot be read (Input/output error)"
+
+
+def test_an_interrupted_verification_stops_at_once(cache: Path) -> None:
+    """Ctrl-C comes to the thread that tells how far it is."""
+
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    for path in (cache / VALUE.format(0), cache / VALUE.format(1)):
+        with path.open("ab") as file:
+            file.truncate(1 << 32)  # sparse: seconds to hash
+    lengths = {VALUE.format(number): 1 << 32 for number in (0, 1)}
+    since = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        integrity._hashed(cache, lengths, what="verifying", threads=2, report=stop)
+    assert time.monotonic() - since < 2
+    assert not [t for t in threading.enumerate() if t.name.startswith("had-pipe hash")]
+
+
+def test_a_part_that_comes_while_an_unsealed_cache_is_verified_is_no_damage(
+    begun: Path, sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between any two steps: it is either not seen, or seen whole."""
+    plan, _ = layout.read_plan(begun)
+    part = Part("train", 0, 2)
+    keys = [*(part.shard_key(signal) for signal in plan.signals), part.receipt_key]
+    for step in ("_planned_problems", "_made_parts", "_part_problems", "_look_around", "_hashed"):
+        real = getattr(integrity, step)
+
+        def committing(*args: Any, real: Any = real, **named: Any) -> Any:
+            for key in keys:
+                (begun / key).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(sound / key, begun / key)
+            return real(*args, **named)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(integrity, step, committing)
+            report = integrity.verify(begun)
+        assert report.problems == (), step
+        assert report.parts in (2, 3)
+        assert integrity.verify(begun).parts == 3
+        for key in reversed(keys):
+            (begun / key).unlink()
+
+
+def test_a_part_that_is_taken_back_meanwhile_is_no_damage(
+    begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process repairs: the receipt goes, then the shard is replaced."""
+    receipt, shard = begun / RECEIPT.format(1), begun / VALUE.format(1)
+    raw = shard.read_bytes()
+    for step in ("_part_problems", "_look_around", "_hashed"):
+        real, kept = getattr(integrity, step), receipt.read_bytes()
+
+        def repairing(*args: Any, real: Any = real, **named: Any) -> Any:
+            receipt.unlink(missing_ok=True)
+            shard.write_bytes(raw[:-9])
+            return real(*args, **named)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(integrity, step, repairing)
+            assert integrity.verify(begun).problems == (), step
+        receipt.write_bytes(kept)
+        assert [problem.key for problem in integrity.verify(begun).problems] == [VALUE.format(1)]
+        shard.write_bytes(raw)
+
+
+@pytest.mark.timeout(60)
+def test_a_cache_verified_over_and_over_while_it_grows_is_never_found_damaged(
+    begun: Path, sound: Path
+) -> None:
+    """Parts come in the order of a commit, go again, and come again."""
+    plan, _ = layout.read_plan(begun)
+    left = list(integrity.missing_parts(begun, plan))
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            for part in left:
+                for key in (*(part.shard_key(s) for s in plan.signals), part.receipt_key):
+                    aside = begun / layout.WORK / "x.tmp"
+                    aside.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(sound / key, aside)
+                    (begun / key).parent.mkdir(parents=True, exist_ok=True)
+                    aside.replace(begun / key)
+            for part in left:
+                (begun / part.receipt_key).unlink()
+            time.sleep(0.01)  # a file made within a tick of the clock can look like the one before
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        seen = {integrity.verify(begun) for _ in range(40)}
+    finally:
+        stop.set()
+        worker.join()
+    assert {report.problems for report in seen} == {()}
+    assert len({report.parts for report in seen}) > 1
+
+
+def test_what_does_not_belong_in_an_unsealed_cache_is_named_too(begun: Path) -> None:
+    (begun / "data.zarr/train/0/notes.txt").write_text("mine")
+    (begun / ".work").mkdir(exist_ok=True)
+    (begun / ".work/train-0-00002.embedding-value.77.tmp").write_bytes(b"another's")
+    shard = begun / VALUE.format(2)  # published, and its receipt not yet: a commit in the middle
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"whatever")
+    problems = integrity.verify(begun).problems
+    assert [problem.key for problem in problems] == ["data.zarr/train/0/notes.txt"]
+    assert "remove it" in problems[0].remedy
+
+
+def test_what_is_left_of_work_in_a_sealed_cache_is_told_once(cache: Path) -> None:
+    (cache / ".work/leases").mkdir(parents=True)
+    (cache / ".work/leases/train-0-00000.lock").write_text("pid=7")
+    (problem,) = integrity.verify(cache).problems
+    assert problem.key == ".work"
+    assert "run the same extract-teacher command again" in problem.remedy
+    integrity.clear_work(cache)
+    assert integrity.verify(cache).problems == ()
+
+
+# Clearing up
+
+
+@pytest.mark.timeout(60)
+def test_clearing_up_bears_others_that_come_and_go(cache: Path) -> None:
+    stop = threading.Event()
+
+    def others() -> None:
+        number = 0
+        while not stop.is_set():
+            number = (number + 1) % 50
+            with suppress(OSError):
+                (cache / ".work/leases").mkdir(parents=True, exist_ok=True)
+                lease = cache / f".work/leases/{number}.lock"
+                lease.write_text("pid=7")
+                if number % 2:
+                    lease.unlink()
+
+    for _ in range(3):
+        (cache / ".work/leases").mkdir(parents=True, exist_ok=True)
+        workers = [threading.Thread(target=others) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        time.sleep(0.01)
+        integrity.clear_work(cache)
+        stop.set()
+        for worker in workers:
+            worker.join()
+        stop.clear()
+    integrity.clear_work(cache)
+    assert not (cache / ".work").exists()
+
+
+def test_clearing_up_leaves_what_a_network_disk_still_holds_for_the_next(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There a removed file that somebody has open comes back under another name."""
+    work = cache / ".work"
+    work.mkdir()
+    (work / "seal.lock").write_text("pid=7")
+    (work / "x.tmp").write_text("left over")
+    real = os.unlink
+
+    def silly(path: Any, *args: Any, **named: Any) -> None:
+        real(path, *args, **named)
+        if Path(path).name != "x.tmp":
+            (work / ".nfs0001").write_text("pid=7")
+
+    monkeypatch.setattr(integrity, "_CLEAR_SECONDS", (0.0, 0.0))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", silly)
+        patched.setattr("pathlib.os.unlink", silly)
+        integrity.clear_work(cache)
+    assert [path.name for path in work.iterdir()] == [".nfs0001"]
+    integrity.clear_work(cache)
+    assert not work.exists()
+
+
+def test_clearing_up_follows_no_link(cache: Path) -> None:
+    outside = cache.with_name("outside")
+    outside.mkdir()
+    (outside / "mine.txt").write_text("a thesis")
+    (cache / ".work").mkdir()
+    (cache / ".work/leases").symlink_to(outside)
+    integrity.clear_work(cache)
+    assert not (cache / ".work").exists()
+    assert (outside / "mine.txt").exists()
+
+
+def test_forgetting_makes_room_for_the_parts_to_come(cache: Path) -> None:
+    """A shard is replaced whole, but a folder cannot be, and a link must not be written through."""
+    plan = Cache.open(cache).plan
+    parts = list(plan.parts())[:3]
+    outside = cache.with_name("outside")
+    outside.write_text("mine")
+    shards = [cache / part.shard_key(plan.signals[0]) for part in parts]
+    for shard in shards:
+        shard.unlink()
+    shards[0].mkdir()
+    os.mkfifo(shards[1])
+    shards[2].symlink_to(outside)
+    kept = cache / parts[0].shard_key(plan.signals[1])
+
+    integrity.forget(cache, parts)
+
+    assert not any(os.path.lexists(shard) for shard in shards)
+    assert outside.read_text() == "mine"
+    assert kept.exists()
+    assert [p for p in parts if (cache / p.receipt_key).exists()] == []
+    shards[0].mkdir()
+    (shards[0] / "mine.txt").write_text("a thesis")
+    with pytest.raises(CacheCorrupt, match="a folder with something in it"):
+        integrity.forget(cache, parts)
+
+
+# What a key names
+
+
+def test_a_key_alone_tells_what_it_names(tmp_path: Path) -> None:
+    cache = build_cache(tmp_path / "cache", **SHAPE, views=2)
+    plan = Cache.open(cache).plan
+    objects = integrity._Objects(plan)
+    known = integrity.expected_keys(plan)
+    folders = {str(parent) for key in known for parent in Path(key).parents}
+    of_parts = {}
+    for part in plan.parts():
+        for key in (part.receipt_key, *(part.shard_key(signal) for signal in plan.signals)):
+            of_parts[key] = part
+    for key in known:
+        assert objects.is_file(key)
+        assert objects.part(key) == of_parts.get(key)
+    assert all(objects.is_folder(folder) for folder in folders)
+    numbers = ("0", "1", "2", "3", "00", "01", "-1", "7", "x", "", "c", "٣", "1" * 30, "00001")
+    words = {word for key in known for word in key.split("/")}
+    for key in sorted(known | folders)[::3]:
+        pieces = key.split("/")
+        for place, word in enumerate(pieces):
+            swaps = {*numbers, *(f"{number}.json" for number in numbers), word.upper(), *words}
+            for swap in swaps:
+                for other in (
+                    [*pieces[:place], swap, *pieces[place + 1 :]],
+                    [*pieces[:place], swap, *pieces[place:]],
+                    [*pieces[:place], *pieces[place + 1 :]],
+                ):
+                    made_up = "/".join(other)
+                    assert objects.is_file(made_up) == (made_up in known), made_up
+                    assert objects.is_folder(made_up) == (made_up in folders), made_up
+                    assert objects.part(made_up) == of_parts.get(made_up), made_up
+
+
+def test_missing_parts_are_those_without_a_receipt(begun: Path) -> None:
+    plan, _ = layout.read_plan(begun)
+    (begun / "parts/train/0/00002.json.tmp").write_text("{}")
+    (begun / "parts/train/0/00003.json").mkdir()
+    (begun / "parts/notes.txt").write_text("mine")
+    missing = [part for part in plan.parts() if not (begun / part.receipt_key).is_file()]
+    assert integrity.missing_parts(begun, plan) == missing
+    assert len(missing) == 2
+    shutil.rmtree(begun / "parts")
+    assert integrity.missing_parts(begun, plan) == list(plan.parts())
+    assert integrity.numerics_class(begun, plan) is None
