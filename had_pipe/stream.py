@@ -437,8 +437,10 @@ class _Feed:
             for i, template in enumerate(templates)
             if kinds.index(kinds[i]) == i
         )
+        plan = self._caches[0].plan
+        self._decoded = (plan.windows.stored, plan.teacher.channels)
         if not pinned:
-            nbytes += windows * templates[0].value.size * 4  # the decoded targets
+            nbytes += windows * int(np.prod(self._decoded)) * 4  # the decoded targets
         self._free: list[_Slot] = []
         for _ in range(max(2, min(_SLOTS, prefetch // max(1, nbytes)))):
             blocks: list[Block] = []
@@ -537,8 +539,8 @@ class _Feed:
             slot.reads = []
             slot.target = None
             if self._decoding and self._side is None:
-                shape = slot.blocks[0].value.shape[1:]
-                slot.target = torch.empty(sum(len(span.row) for span in spans), *shape)
+                windows = sum(len(span.row) for span in spans)
+                slot.target = torch.empty(windows, *self._decoded)
             step = -(-sum(len(span.row) for span in spans) // self._pieces)
             first = 0
             for span in spans:
@@ -574,7 +576,7 @@ class _Feed:
         target = slot.target[first:end].numpy()
         # A few windows at a time, so that what lies between the steps of decoding stays cached;
         # by NumPy, because torch would set threads of its own to each of these.
-        some = max(1, _DECODED_AT_ONCE // block.value[0].size)
+        some = max(1, _DECODED_AT_ONCE // int(np.prod(self._decoded)))
         for i in range(0, len(rows), some):
             part = slice(i, i + some)
             scale = None if block.scale is None else block.scale[part]

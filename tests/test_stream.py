@@ -162,6 +162,8 @@ def expected(caches: Sequence[Cache], batch: Batch) -> dict[str, np.ndarray[Any,
     [
         pytest.param({"codec": "int8"}, id="int8"),
         pytest.param({"codec": "exact"}, id="exact"),
+        pytest.param({"codec": "compact"}, id="compact"),
+        pytest.param({"codec": "tiny", "channels": 32}, id="tiny"),
     ],
 )
 def test_a_batch_holds_what_the_cache_holds(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -175,7 +177,7 @@ def test_a_batch_holds_what_the_cache_holds(tmp_path: Path, settings: dict[str, 
         assert batch.kmer_id.dtype == torch.int64
         assert np.array_equal(batch.kmer_id.numpy(), slow["kmer_id"])
         assert np.array_equal(batch.mask.numpy(), slow["mask"])
-        np.testing.assert_allclose(batch.target.numpy(), slow["target"], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(batch.target.numpy(), slow["target"], rtol=1e-6, atol=1e-5)
 
 
 def test_epochs_take_views_in_turn_and_every_window_once(tmp_path: Path) -> None:
@@ -254,7 +256,7 @@ def test_several_caches_make_one_epoch_also_where_codecs_and_statistics_differ(
     caches = [
         open_cache(tmp_path / "a", windows=50, part=16, seed=0, codec="int8"),
         open_cache(tmp_path / "b", windows=30, part=16, seed=1, codec="exact", statistics_seed=9),
-        open_cache(tmp_path / "c", windows=20, part=20, seed=2, codec="int8", statistics_seed=9),
+        open_cache(tmp_path / "c", windows=20, part=20, seed=2, codec="tiny", statistics_seed=9),
     ]
     with Stream(caches, batch=10, seed=5) as stream:
         assert stream.order.windows == 100
@@ -267,7 +269,7 @@ def test_several_caches_make_one_epoch_also_where_codecs_and_statistics_differ(
     )
     for batch in batches:
         np.testing.assert_allclose(
-            batch.target.numpy(), expected(caches, batch)["target"], rtol=1e-6, atol=1e-6
+            batch.target.numpy(), expected(caches, batch)["target"], rtol=1e-6, atol=1e-5
         )
 
 
