@@ -1,4 +1,4 @@
-"""How much of the teacher's own speed stage one keeps, and what its writer costs.
+"""How much of the teacher's own speed stage one keeps.
 
     python benchmarks/extract.py [--quick | --full] [--json] [--folder DIR] [--device DEVICE]
 
@@ -11,8 +11,8 @@ again in another batch, equal what is stored. Then rounds of
 
 are interleaved. Planning, calibrating and sealing do not grow with views and are told apart.
 A batch's way is also walked step by step, to see where the time goes; writing is that of a thread
-beside the teacher. At last the writer alone is held against `write` and `fsync` of the same bytes,
-in the shape NT-v2-500M makes of 1,020-base windows. Every figure is the median over rounds, every
+beside the teacher: `benchmarks/store.py` has the writer alone.
+Every figure is the median over rounds, every
 ratio the median of the rounds' own ratios.
 """
 
@@ -34,14 +34,16 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from stream import CHANNELS, VISIBLE, build, commit, machine
+from stream import commit, machine
 
 import had_pipe
 from had_pipe import extract as stage
+from had_pipe import parts
 from had_pipe.cache import Cache, integrity, writer
 from had_pipe.cache.layout import Part
-from had_pipe.durable import sync_folder
+from had_pipe.dna.kmers import reverse_complement
 from had_pipe.progress import Progress
 from had_pipe.recipe import Recipe
 from had_pipe.teachers.ntv2 import NTv2Config, random_model, save_checkpoint
@@ -66,7 +68,6 @@ class Shape:
 class Size:
     shapes: tuple[Shape, ...]
     rounds: int
-    writer_windows: int
 
 
 def wide(layers: int, width: int) -> NTv2Config:
@@ -87,13 +88,13 @@ def sizes(*, full: bool, cuda: bool) -> Size:
             Shape("demo", None, 510, windows=16_384 * more, part=1024),
             Shape("wide", wide(29, 1024), 1020, windows=4096 * more, part=1024),
         )
-        return Size(shapes, rounds=5 if full else 3, writer_windows=1024)
+        return Size(shapes, rounds=5 if full else 3)
     more = 4 if full else 1
     shapes = (
         Shape("demo", None, 510, windows=512 * more, part=128),
         Shape("wide", wide(4, 512), 510, windows=64 * more, part=32),
     )
-    return Size(shapes, rounds=7 if full else 3, writer_windows=1024 if full else 256)
+    return Size(shapes, rounds=7 if full else 3)
 
 
 def random_genome(path: Path, bases: int) -> None:
@@ -118,14 +119,27 @@ def check(cache: Cache, teacher: Teacher, *, batch: int) -> None:
     rows = np.sort(np.random.default_rng(1).permutation(cache.rows("train"))[:batch])
     block = cache.allocate(len(rows))
     cache.read("train", 0, rows, block)
-    seen = stage._Seen.of("visible", "masked", block.kmer_id, block.mask, block.reversed)
-    emb = stage._to_numpy(stage._embed(teacher, seen, batch)).astype(np.float32)
+    emb = _embed(teacher, block.kmer_id, block.mask, block.reversed, batch=batch)
+    emb = parts.to_numpy(emb).astype(np.float32)
     stored = cache.codec.decode(block.value, block.scale, cache.mean, cache.std)
     relative = np.linalg.norm(stored - emb) / np.linalg.norm(emb)
     assert relative < 1.5 * cache.fidelity["relative"], relative
     # A row of another window would be far off, however small the error over all.
     worst = np.linalg.norm(stored - emb, axis=(1, 2)) / np.linalg.norm(emb, axis=(1, 2))
     assert worst.max() < 0.1, worst.max()
+
+
+def _embed(
+    teacher: Teacher,
+    kmer_id: npt.NDArray[np.uint16],
+    mask: npt.NDArray[np.bool_],
+    reverse: npt.NDArray[np.bool_],
+    *,
+    batch: int,
+) -> Any:
+    return parts.embed_batch(
+        teacher, kmer_id, mask, reverse, store="visible", shown="masked", batch=batch
+    )
 
 
 class Alone:
@@ -135,17 +149,18 @@ class Alone:
         self._teacher, self._batch = teacher, batch
         self._seen = []
         for part in cache.plan.parts():
-            # Copies, as extraction makes them too: torch wants arrays that may be written.
-            kmer_id, mask, reverse = (array.copy() for array in cache.seen(part))
-            self._seen.append(stage._Seen.of("visible", "masked", kmer_id, mask, reverse))
+            # A copy, as extraction makes one too: torch wants arrays that may be written.
+            kmer_id, mask, reverse = cache.seen(part)
+            turned = np.where(reverse[:, None], reverse_complement(kmer_id), kmer_id)
+            self._seen.append((turned, mask.copy()))
 
     def rate(self) -> float:
         """Windows a second."""
         begun, done, emb = perf_counter(), 0, None
-        for seen in self._seen:
-            for first in range(0, len(seen.kmer_id), self._batch):
+        for kmer_id, hidden in self._seen:
+            for first in range(0, len(kmer_id), self._batch):
                 some = slice(first, first + self._batch)
-                emb = self._teacher.embed(seen.kmer_id[some], seen.hidden[some])
+                emb = self._teacher.embed(kmer_id[some], hidden[some])
                 done += len(emb)
         assert emb is not None
         _wait(emb)
@@ -171,23 +186,22 @@ def steps(cache: Cache, teacher: Teacher, folder: Path, *, batch: int) -> dict[s
     with writer.PartWriter(target, plan, part, numerics=teacher.numerics) as out:
         for first in range(0, len(kmer_id), batch):
             some, clock = slice(first, first + batch), _Clock(spent)
-            seen = stage._Seen.of("visible", "masked", kmer_id[some], mask[some], reverse[some])
-            clock("what is seen")
-            emb = stage._embed(teacher, seen, batch)
+            emb = _embed(teacher, kmer_id[some], mask[some], reverse[some], batch=batch)
             _wait(emb)
             clock("teacher")
-            assert stage.not_finite(emb) is None
+            assert parts.not_finite(emb) is None
             clock("finite")
             if mean is None:
-                mean, std = stage._like(cache.mean, emb), stage._like(cache.std, emb)
+                mean, std = (torch.from_numpy(x.copy()).to(emb) for x in (cache.mean, cache.std))
             value, scale = cache.codec.encode(emb, mean, std)
             _wait(value)
             clock("encode")
-            stored = [stage._to_numpy(x) for x in (value, scale)]
+            stored = [parts.to_numpy(x) for x in (value, scale)]
             clock("copy")
             out.append(*stored)
             clock("write, beside")
         clock = _Clock(spent)
+        out.sync()
         out.commit()
         clock("commit, beside")
     shutil.rmtree(target)
@@ -269,55 +283,6 @@ def measure_teacher(shape: Shape, folder: Path, *, rounds: int, device: str) -> 
     return found
 
 
-def measure_writer(folder: Path, *, windows: int, rounds: int) -> dict[str, Any]:
-    """One part of the widest kind, by the writer and by plain writes of the same bytes."""
-    path = build(folder / "writer", windows=windows, part=windows)
-    cache = Cache.open(path)
-    part = Part("train", 0, 0)
-    (path / ".work").mkdir()
-    block = cache.allocate(windows)
-    cache.read("train", 0, np.arange(windows), block)
-    shards = [path / part.shard_key(signal) for signal in cache.plan.signals]
-    raw = [shard.read_bytes() for shard in shards]
-    nbytes = sum(map(len, raw))
-
-    def by_the_writer() -> None:
-        with writer.PartWriter(path, cache.plan, part, numerics={"device": "none"}) as out:
-            for first in range(0, windows, 16):
-                some = slice(first, first + 16)
-                assert block.scale is not None
-                out.append(block.value[some], block.scale[some])
-            out.commit()
-
-    def plainly() -> None:
-        for number, data in enumerate(raw):
-            aside = folder / f"raw-{number}"
-            with aside.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            sync_folder(folder)
-
-    by_the_writer()
-    assert [shard.read_bytes() for shard in shards] == raw
-    rates: dict[str, list[float]] = {"writer": [], "write and fsync": []}
-    contenders = {"writer": by_the_writer, "write and fsync": plainly}
-    for number in range(2 * rounds + 1):
-        for name in contenders if number % 2 else reversed(contenders):
-            begun = perf_counter()
-            contenders[name]()
-            if number:
-                rates[name].append(nbytes / (perf_counter() - begun))
-    shutil.rmtree(path)
-    pairs = zip(rates["writer"], rates["write and fsync"], strict=True)
-    return {
-        "ratio_raw_write": statistics.median(a / b for a, b in pairs),
-        "gigabytes_per_second": {n: statistics.median(some) / 1e9 for n, some in rates.items()},
-        "nbytes": nbytes,
-        "bytes_per_window": VISIBLE * CHANNELS,
-    }
-
-
 def measure(size: Size, folder: Path, *, device: str) -> dict[str, Any]:
     teachers = {
         shape.name: measure_teacher(shape, folder, rounds=size.rounds, device=device)
@@ -334,7 +299,6 @@ def measure(size: Size, folder: Path, *, device: str) -> dict[str, Any]:
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         ),
         "teachers": teachers,
-        "writer": measure_writer(folder, windows=size.writer_windows, rounds=size.rounds),
         "rounds": size.rounds,
         "threads": torch.get_num_threads(),
         "versions": {
@@ -368,11 +332,7 @@ def table(result: dict[str, Any]) -> str:
             + ", ".join(f"{what} {s:.2f}" for what, s in phases.items() if what != "all"),
             "",
         ]
-    rates = result["writer"]["gigabytes_per_second"]
     lines += [
-        f"writer {rates['writer']:.2f} GB/s, write and fsync of the same "
-        f"{result['writer']['nbytes'] / 1e6:.0f} MB {rates['write and fsync']:.2f} GB/s"
-        f"   x {result['writer']['ratio_raw_write']:.3f}",
         f"peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB",
     ]
     if result["peak_gpu_memory_bytes"] is not None:
