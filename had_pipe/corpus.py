@@ -48,6 +48,8 @@ class Reference:
     described: Mapping[str, Any]
     """What the plan says of it: docs/cache-format.md, plan.json."""
     contigs: Sequence[str]
+    digests: Sequence[str]
+    """Of each contig: the file is read again when windows are cut from it."""
     rule: SplitRule
     include: Sequence[Region] | None
     exclude: Sequence[Region]
@@ -134,6 +136,7 @@ def read_reference(genome: Genome, *, report: Reporter) -> Reference:
             "sensitive": genome.sensitive,
         },
         contigs=names,
+        digests=[contig_digest for _, _, contig_digest in found],
         rule=rule,
         include=include,
         exclude=exclude,
@@ -343,7 +346,10 @@ def _tiles(
     """Every contig of every genome with its windows; contigs are numbered over all genomes."""
     number = 0
     for reference in references:
+        expected = zip(reference.contigs, reference.digests, strict=True)
         for contig in read_contigs(reference.genome.path):
+            if (contig.name, contig.digest) != next(expected, None):
+                raise _changed(reference)
             tiles = tile(
                 contig,
                 bases=windows.bases,
@@ -355,6 +361,15 @@ def _tiles(
             )
             yield reference, number, contig, tiles
             number += 1
+        if next(expected, None) is not None:
+            raise _changed(reference)
+
+
+def _changed(reference: Reference) -> InputError:
+    return InputError(
+        f"{reference.genome.path}: the genome changed since it was read the first time; leave the "
+        "file alone, then run again"
+    )
 
 
 def _check_any(

@@ -36,6 +36,10 @@ _PLAIN = b"ACGTNacgtn"
 _IUPAC = frozenset("ACGTNRYSWKMBDHV")
 
 _GZIP = b"\x1f\x8b"
+# DNA packs four to one, and a genome that is mostly N twenty to one; a bomb a thousand to one.
+_MOST_RATIO = 100
+_ALWAYS_UNPACKED = 1 << 27
+_LONGEST_NAME = 1000
 _TWOBIT = 0x1A412743
 # The empty block that bgzip ends a file with (SAM specification, section 4.1.2).
 _BGZIP_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
@@ -71,6 +75,10 @@ def read_contigs(path: Path) -> Iterator[Contig]:
     a file is sound only when the last contig has been taken.
     """
     head = _head(path)
+    return _unchanged(path, _of_kind(path, head))
+
+
+def _of_kind(path: Path, head: bytes) -> Iterator[Contig]:
     for magic, kind in _FOREIGN.items():
         if head.startswith(magic):
             raise InputError(
@@ -86,6 +94,18 @@ def read_contigs(path: Path) -> Iterator[Contig]:
             "make it again with faToTwoBit"
         )
     return _read_fasta(path, compressed=head.startswith(_GZIP))
+
+
+def _unchanged(path: Path, contigs: Iterator[Contig]) -> Iterator[Contig]:
+    """The contigs, if the file is the same before the first and after the last."""
+    before = path.stat()
+    yield from contigs
+    after = path.stat()
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise InputError(
+            f"{path}: changed while it was read (from {before.st_size:,} to {after.st_size:,} "
+            "bytes): wait until it has been written, then run again"
+        )
 
 
 def collection_digest(contigs: Sequence[tuple[str, int, str]]) -> str:
@@ -153,11 +173,36 @@ def _head(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _open(path: Path) -> BinaryIO:
+class _Unpacked(gzip.GzipFile):
+    """The contents of a gzip file, as long as they are in proportion to it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "rb")
+        self._path = path
+        self._most = max(_ALWAYS_UNPACKED, _MOST_RATIO * path.stat().st_size)
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size >= 0:
+            return self._counted(super().read(size))
+        return b"".join(iter(lambda: self.read(1 << 20), b""))
+
+    def read1(self, size: int = -1) -> bytes:
+        return self._counted(super().read1(size))
+
+    def _counted(self, data: bytes) -> bytes:
+        if self.tell() > self._most:
+            raise InputError(
+                f"{self._path}: gzip data that unpacks to more than {self._most:,} bytes, over "
+                f"{_MOST_RATIO} times its length; no genome does: if it is one, unpack it first"
+            )
+        return data
+
+
+def open_unpacked(path: Path) -> BinaryIO:
     """The file's bytes, unpacked if it is gzip or bgzip."""
     with path.open("rb") as file:
         packed = file.read(2) == _GZIP
-    return cast(BinaryIO, gzip.open(path, "rb") if packed else path.open("rb"))
+    return cast(BinaryIO, _Unpacked(path) if packed else path.open("rb"))
 
 
 def _check_bgzip_end(path: Path) -> None:
@@ -192,7 +237,7 @@ def _read_fasta(path: Path, *, compressed: bool) -> Iterator[Contig]:
 
 def _check_fasta_start(path: Path) -> None:
     """Refuse what is not FASTA at all, by its first line that is neither blank nor a comment."""
-    with _open(path) as stream:
+    with open_unpacked(path) as stream:
         start = stream.read(4)
     if start.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
         raise InputError(
@@ -220,7 +265,9 @@ def _fasta_contigs(path: Path) -> Iterator[Contig]:
     dnaio = _library("dnaio", "FASTA files")
     seen: dict[str, int] = {}
     # dnaio's own opener would accept other packings and a file that is cut.
-    with dnaio.FastaReader(str(path), opener=lambda name, mode: _open(Path(name))) as reader:
+    with dnaio.FastaReader(
+        str(path), opener=lambda name, mode: open_unpacked(Path(name))
+    ) as reader:
         records = iter(reader)
         while True:
             ordinal = len(seen)
@@ -234,7 +281,7 @@ def _fasta_contigs(path: Path) -> Iterator[Contig]:
                 _refuse_encoding(path, ordinal)
             del record  # the letters as text: another byte a base
             name = words[0] if words else ""
-            if not name or name in seen or not raw:
+            if not name or name in seen or not raw or not _is_name(name):
                 _refuse_record(path, ordinal, name, seen)
             if not _IUPAC.issuperset(raw.translate(None, _PLAIN).decode("ascii").upper()):
                 _refuse_letter(path, ordinal, name)
@@ -245,9 +292,13 @@ def _fasta_contigs(path: Path) -> Iterator[Contig]:
             del contig
 
 
+def _is_name(name: str) -> bool:
+    return name.isprintable() and len(name) <= _LONGEST_NAME
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines, stripped as the FASTA reader strips them; any byte is a character."""
-    with io.TextIOWrapper(_open(path), encoding="latin-1") as lines:
+    with io.TextIOWrapper(open_unpacked(path), encoding="latin-1") as lines:
         for line, text in enumerate(lines, start=1):
             yield line, text.strip()
 
@@ -267,6 +318,11 @@ def _refuse_record(path: Path, ordinal: int, name: str, seen: Mapping[str, int])
     line, header = next(_record_lines(path, ordinal))
     if not name:
         raise InputError(f"{path}: line {line}: header without a name; expected '>' and a name")
+    if not _is_name(name):
+        raise InputError(
+            f"{path}: line {line}: {name[:60]!r} is no name; expected at most {_LONGEST_NAME:,} "
+            "printable characters after '>'"
+        )
     if name in seen:
         first, _ = next(_record_lines(path, seen[name]))
         raise InputError(
@@ -363,6 +419,7 @@ def _check_2bit(path: Path) -> dict[str, int]:
         if records == 0:
             raise InputError(f"{path}: 2bit file without a record; expected at least one")
         lengths: dict[str, int] = {}
+        packed = 0
         at = 16
         for _ in range(records):
             letters = _bytes(path, data, at, 1)[0]
@@ -380,6 +437,13 @@ def _check_2bit(path: Path) -> dict[str, int]:
                     "twice; every record needs its own name"
                 )
             lengths[name] = _check_2bit_record(path, data, name, int(offset))
+            packed += -(-lengths[name] // 4)
+            if packed > len(data):
+                raise InputError(
+                    f"{path}: record {name!r} (number {len(lengths)}): with it, records have more "
+                    f"bases than the file's {len(data):,} bytes hold: some lie over each other; "
+                    "the file is damaged: copy it again"
+                )
     return lengths
 
 

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from had_pipe.dna.reference import OTHER, Contig
+from had_pipe.dna.reference import OTHER, Contig, open_unpacked
 from had_pipe.draws import Purpose, permutation
 from had_pipe.errors import InputError, RecipeError
 
@@ -110,10 +110,11 @@ def read_bed(path: Path) -> tuple[Region, ...]:
 def _bed_lines(path: Path) -> Iterator[tuple[int, str]]:
     if path.is_dir():
         raise InputError(f"{path}: is a folder; expected a BED file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is not a regular file; write the regions to a file first")
     try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
+        with open_unpacked(path) as file:
+            data = file.read()
         text = data.decode("ascii")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected a BED file") from None
