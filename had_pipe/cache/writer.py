@@ -9,6 +9,7 @@ W windows of a split, T k-mers per window, G stored groups, D channels, B window
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -204,6 +205,13 @@ def _write_windows(path: Path, splits: Mapping[str, SplitData], genomes: Sequenc
             )
 
 
+def metadata(plan: Plan, fidelity: Mapping[str, Any]) -> dict[str, Any]:
+    """What every zarr.json of a plan's cache says, by key."""
+    kept: dict[str, Any] = {}
+    _hierarchy(kept, plan, fidelity)
+    return {f"{DATA}/{key}": json.loads(buffer.to_bytes()) for key, buffer in kept.items()}
+
+
 def _write_zarr(
     path: Path,
     plan: Plan,
@@ -212,11 +220,29 @@ def _write_zarr(
     fidelity: Mapping[str, float],
 ) -> None:
     """The Zarr hierarchy: all metadata, and every array but the embeddings."""
+    arrays = _hierarchy(path, plan, fidelity)
+    assert {name: (str(a.dtype), a.shape) for name, a in statistics.items()} == (
+        plan.statistics_arrays
+    )
+
+    for name, values in statistics.items():
+        arrays[f"statistics/embedding/{name}"][...] = values
+    for split, data in splits.items():
+        arrays[f"{split}/kmer_id"][...] = data.kmer_id
+        for view in sorted(data.mask):
+            arrays[f"{split}/{view}/mask"][...] = data.mask[view]
+            arrays[f"{split}/{view}/reversed"][...] = data.reversed[view]
+
+
+def _hierarchy(
+    store: Path | dict[str, Any], plan: Plan, fidelity: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All metadata; the arrays by path, their values still to be written."""
     import zarr
     from zarr.codecs import Crc32cCodec
 
     root = zarr.create_group(
-        path,
+        store,
         attributes={
             "format": plan.format,
             "plan": plan.id,
@@ -227,6 +253,8 @@ def _write_zarr(
         },
     )
 
+    arrays: dict[str, Any] = {}
+
     def array(
         name: str,
         shape: tuple[int, ...],
@@ -236,8 +264,8 @@ def _write_zarr(
         *,
         fill: object,
         shard: tuple[int, ...] | None = None,
-    ) -> Any:
-        return root.create_array(
+    ) -> None:
+        arrays[name] = root.create_array(
             name,
             shape=shape,
             chunks=chunk,
@@ -251,11 +279,8 @@ def _write_zarr(
         )
 
     root.create_group("statistics").create_group("embedding")
-    assert {name: (str(a.dtype), a.shape) for name, a in statistics.items()} == (
-        plan.statistics_arrays
-    )
     for name, (dtype, shape) in plan.statistics_arrays.items():
-        stored = array(
+        array(
             f"statistics/embedding/{name}",
             shape,
             shape,
@@ -263,48 +288,29 @@ def _write_zarr(
             _STATISTIC_DIMENSIONS.get(name, ("component",)),
             fill=_FILL[dtype] if dtype == "float32" else 65535,
         )
-        stored[...] = statistics[name]
-    part = plan.part
-    for split, data in splits.items():
-        windows, kmers = data.kmer_id.shape
+    part, kmers = plan.part, plan.windows.kmers
+    for split, of_split in plan.splits.items():
+        windows = of_split.windows
+        tiles, columns = (windows, kmers), ("window", "kmer")
         root.create_group(split)
-        stored = array(
-            f"{split}/kmer_id",
-            (windows, kmers),
-            (part, kmers),
-            "uint16",
-            ("window", "kmer"),
-            fill=65535,
-        )
-        stored[:] = data.kmer_id
-        for view in sorted(data.mask):
+        array(f"{split}/kmer_id", tiles, (part, kmers), "uint16", columns, fill=65535)
+        for view in of_split.views:
             below = f"{split}/{view}"
             root.create_group(below).create_group("embedding")
-            stored = array(
-                f"{below}/mask",
-                (windows, kmers),
-                (part, kmers),
-                "bool",
-                ("window", "kmer"),
-                fill=False,
-            )
-            stored[:] = data.mask[view]
-            stored = array(
-                f"{below}/reversed", (windows,), (part,), "bool", ("window",), fill=False
-            )
-            stored[:] = data.reversed[view]
+            array(f"{below}/mask", tiles, (part, kmers), "bool", columns, fill=False)
+            array(f"{below}/reversed", (windows,), (part,), "bool", ("window",), fill=False)
             for signal in plan.signals:
+                last = "byte" if signal.dtype == "uint8" else "channel"
                 array(
                     f"{below}/{signal.path}",
                     (windows, *signal.window),
                     (1, *signal.window),
                     signal.dtype,
-                    ("window", "group", "byte" if signal.dtype == "uint8" else "channel")[
-                        : 1 + len(signal.window)
-                    ],
+                    ("window", "group", last)[: 1 + len(signal.window)],
                     fill=_FILL[signal.dtype],
                     shard=(part, *signal.window),
                 )
+    return arrays
 
 
 _STATISTIC_DIMENSIONS: Mapping[str, tuple[str, ...]] = {
