@@ -51,6 +51,17 @@ TOKEN_OF_KMER = _token_table()
 
 Head = Literal["none", "language"]
 
+# Ceilings for a folder that a stranger made; the largest NT-v2 has 32 layers of width 1024.
+_LARGEST_CONFIG = 1 << 22
+_MOST = {
+    "hidden_size": 1 << 16,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "intermediate_size": 1 << 18,
+    "max_position_embeddings": 1 << 20,
+    "vocab_size": 1 << 20,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class NTv2Config:
@@ -287,10 +298,10 @@ def read_config(folder: Path) -> NTv2Config:
 
     def whole(key: str) -> int:
         value = found.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST[key]:
             raise InputError(
-                f"{path}: {key} is {json.dumps(value)}, expected a whole number of at least 1; "
-                "get the config.json that belongs to the weights."
+                f"{path}: {key} is {json.dumps(value)[:60]}, expected a whole number from 1 to "
+                f"{_MOST[key]:,}; get the config.json that belongs to the weights."
             )
         return value
 
@@ -331,14 +342,20 @@ def read_config(folder: Path) -> NTv2Config:
 def read_config_file(folder: Path) -> dict[str, Any]:
     """config.json as it stands; raises InputError where there is none."""
     path = folder / CONFIG_FILE
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: expected an ordinary file; get the file again.")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST_CONFIG + 1)
+        if len(raw) > _LARGEST_CONFIG:
+            raise ValueError(f"more than {_LARGEST_CONFIG:,} bytes")
+        found = json.loads(raw.decode("utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"{folder}: there is no {CONFIG_FILE}; a teacher's folder holds {CONFIG_FILE} and "
             f"{' or '.join(WEIGHT_FILES)}."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); get the file again.") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object; get the file again.")
@@ -370,6 +387,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         # The format before torch 1.6 cannot be mapped into memory.
         mapped = zipfile.is_zipfile(path)
+        if mapped:
+            with zipfile.ZipFile(path) as entries:
+                if sum(entry.file_size for entry in entries.infolist()) > path.stat().st_size:
+                    raise ValueError("compressed entries, which torch never writes")
         # weights_only: the unpickler makes tensors and nothing else, so loading runs no code.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # on a damaged file the unpickler raises whatever it trips over
@@ -391,7 +412,7 @@ def load_checkpoint(folder: Path, *, head: Head = "none") -> NTv2:
     stored = _read_weights(path)
     with torch.device("meta"):
         model = NTv2(config, head=head)
-    model.to_empty(device="cpu")
+    # Held against the stored tensors before there is memory for what config.json asks.
     with torch.no_grad():
         parts = _hub_parts(model)
     shapes = hub_shapes(config)
@@ -409,7 +430,7 @@ def load_checkpoint(folder: Path, *, head: Head = "none") -> NTv2:
                 f"{path}: {key} is not a key of an NT-v2; "
                 f"the weights do not belong to this {CONFIG_FILE}, or are another architecture's."
             )
-    for key, part in parts.items():
+    for key in parts:
         tensor = stored[key]
         if tuple(tensor.shape) != shapes[key]:
             raise InputError(
@@ -422,8 +443,10 @@ def load_checkpoint(folder: Path, *, head: Head = "none") -> NTv2:
                 f"{path}: {key} is {_dtype_name(tensor.dtype)}, expected floating point; "
                 "quantised checkpoints are not read."
             )
-        with torch.no_grad():
-            part.copy_(tensor)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for key, part in _hub_parts(model).items():
+            part.copy_(stored[key])
     return model.eval()
 
 

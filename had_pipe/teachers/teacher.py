@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from had_pipe.errors import InputError, NetworkError, RecipeError
+from had_pipe.errors import shown as harmless
 
 if TYPE_CHECKING:
     import torch
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CARD_NBYTES = 1 << 16
 _NT_LICENCE = "CC-BY-NC-SA-4.0"
 _SPDX = {
     name.lower(): name
@@ -225,9 +227,11 @@ def _licence(name: str, folder: Path) -> str:
     told = config.get("licence") or config.get("license")
     card = folder / "README.md"
     if not told and card.is_file():
-        header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+        with card.open("rb") as file:
+            text = file.read(_CARD_NBYTES).decode("utf-8", "replace")
+        header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
         line = header and re.search(r"^licen[cs]e:\s*(\S+)\s*$", header[1], re.MULTILINE)
         told = line[1].strip("'\"") if line else None
-    if not isinstance(told, str) or not told:
+    if not isinstance(told, str) or not told or len(told) > 200 or harmless(told) != told:
         return "unknown"
     return _SPDX.get(told.lower(), told)
