@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import stat
@@ -21,8 +22,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from had_pipe.cache.door import open_object
+from had_pipe.cache import writer
+from had_pipe.cache.door import open_object, read_object
 from had_pipe.cache.layout import (
+    CRC_NBYTES,
     DATA,
     MANIFEST,
     PLAN,
@@ -50,6 +53,7 @@ Level = Literal["structure", "sample", "everything"]
 SAMPLE = 20
 """`sample` hashes one of so many large objects."""
 
+_LARGEST_METADATA = 1 << 24
 _BUFFER = 1 << 18  # read and hashed at once: stays in a core's own cache, where it is fastest
 _HANDFUL = 1 << 20  # bytes of small objects that a thread takes at once
 _TELL_SECONDS = 0.1
@@ -248,7 +252,18 @@ def verify(
             problems.append(Problem(key, told, f"{record.nbytes:,} bytes", _remedy(key)))
     chosen = {key: lengths[key] for key in _chosen(records, level, share) if key in lengths}
     hashed = 0
-    read = _hashed(cache, chosen, what="verifying", threads=threads, report=report)
+    # What nothing else covers before there is a manifest, and a manifest then repeats.
+    miscounted: dict[Part, Problem] = {}
+
+    def look(key: str, found: ObjectRecord) -> None:
+        part = objects.part(key)
+        if part is not None and key != part.receipt_key and found.sha256 == records[key].sha256:
+            problem = _crc_problem(cache, plan, part, key, records.get(part.receipt_key))
+            if problem is not None:
+                miscounted[part] = problem
+
+    read = _hashed(cache, chosen, what="verifying", threads=threads, report=report, look=look)
+    problems += miscounted.values()
     for key, found in read.items():
         if isinstance(found, str):
             problems.append(Problem(key, found, "to be read", _remedy(key)))
@@ -438,8 +453,12 @@ def _hashed(
     what: str,
     threads: int | None,
     report: Reporter,
+    look: Callable[[str, ObjectRecord], None] = lambda *_: None,
 ) -> dict[str, ObjectRecord | str]:
-    """What objects hold, or why one cannot be read; the largest first, told in bytes."""
+    """What objects hold, or why one cannot be read; the largest first, told in bytes.
+
+    `look` is called in a thread with every object that was just read, so from the system's memory.
+    """
     threads = threads or len(os.sched_getaffinity(0))
     total, begun, done = sum(lengths.values()), time.monotonic(), 0
     counting, stopped = threading.Lock(), threading.Event()
@@ -459,7 +478,12 @@ def _hashed(
     running: set[Future[dict[str, ObjectRecord | str]]] = set()
 
     def read(keys: Sequence[str]) -> dict[str, ObjectRecord | str]:
-        return {key: _read(cache, key, lengths[key], advance) for key in keys}
+        told = {}
+        for key in keys:
+            told[key] = one = _read(cache, key, lengths[key], advance)
+            if isinstance(one, ObjectRecord) and not stopped.is_set():
+                look(key, one)
+        return told
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="had-pipe hash")
     try:
@@ -521,6 +545,36 @@ def _read(cache: Path, key: str, nbytes: int, advance: Callable[[int], bool]) ->
     return ObjectRecord(nbytes=done, sha256=digest.hexdigest())
 
 
+def _crc_problem(
+    cache: Path, plan: Plan, part: Part, key: str, record: ObjectRecord | None
+) -> Problem | None:
+    """A sound shard against the CRCs of its windows in the receipt, by which it is read.
+
+    A receipt that is not the one of `record` is told of elsewhere.
+    """
+    signal = next(signal for signal in plan.signals if part.shard_key(signal) == key)
+    try:
+        receipt, raw = read_receipt(cache, plan, part)
+        if _record(raw) != record:
+            return None
+        descriptor = open_object(cache, key)
+        try:
+            ends = (row * signal.stride + signal.nbytes for row in range(receipt.windows))
+            there = b"".join(os.pread(descriptor, CRC_NBYTES, end) for end in ends)
+        finally:
+            os.close(descriptor)
+        if receipt.objects[key].crcs().tobytes() == there:
+            return None
+    except (CacheError, OSError, LookupError):
+        return None  # told of where the receipt is held against plan and manifest
+    return Problem(
+        part.receipt_key,
+        f"other CRCs than {key} holds",
+        "those of its windows",
+        _remedy(part.receipt_key),
+    )
+
+
 def _remedy(key: str) -> str:
     of_part = "/embedding/" in key and "/c/" in key and not key.startswith(f"{DATA}/statistics/")
     if of_part or key.startswith(f"{RECEIPTS}/"):
@@ -558,15 +612,31 @@ def _planned_problems(cache: Path, plan: Plan) -> Iterator[Problem]:
             found.setdefault(f"{below}/reversed", hashlib.sha256()).update(reverse.data)
             if part.view == plan.splits[part.split].views[0]:
                 found.setdefault(f"{part.split}/kmer_id", hashlib.sha256()).update(kmer_id.data)
+        told = opened.fidelity  # measured, so the one thing there that does not follow from the plan
     except CacheError as error:
         yield Problem(DATA, str(error), "what was planned", _remedy(DATA))
         return
+    yield from _metadata_problems(cache, plan, told)
     for name in sorted({*found, *plan.contents}):
         digest = found[name].hexdigest() if name in found else None
         expected = plan.contents.get(name)
         if digest != expected:
             key = WINDOWS if name == "windows" else f"{DATA}/{name}"
             yield Problem(key, f"contents {digest}", f"{expected}", _remedy(key))
+
+
+def _metadata_problems(cache: Path, plan: Plan, fidelity: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every zarr.json against what the plan says; all are there, or none is worked out."""
+    found: dict[str, Any] = {}
+    for key in plan.metadata_keys():
+        try:
+            found[key] = json.loads(read_object(cache, key, limit=_LARGEST_METADATA))
+        except (CacheError, OSError, ValueError, RecursionError) as error:
+            yield Problem(key, str(error), "the JSON of a Zarr node", _remedy(key))
+            return
+    for key, expected in writer.metadata(plan, fidelity).items():
+        if found[key] != expected:
+            yield Problem(key, "other metadata", "what follows from the plan", _remedy(key))
 
 
 def _windows_digest(cache: Path, plan: Plan) -> Any:
