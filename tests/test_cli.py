@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import typer.main
 import zarr
 from conftest import REPOSITORY
+from numpy_teacher import NumpyTeacher
 from small_cache import build_cache
 from typer.testing import CliRunner, Result
 
@@ -114,6 +117,7 @@ def test_the_command_line_is_the_documented_one_and_no_more() -> None:
     assert {name: options(command) for name, command in below.items()} == {
         "inspect": {"--locus", "--json"},
         "verify": {"--level", "--share", "--threads", "--json"},
+        "audit": {"--windows", "--seed", "--device", "--offline", "--json"},
         "compare": {"--json"},
         "recode": {"--codec"},
     }
@@ -323,6 +327,58 @@ def test_a_share_that_is_none_is_refused_with_2(words: list[str], share: str) ->
     assert f"--share {share}: expected I/N with I from 1 to N" in result.stderr
 
 
+def test_a_cache_goes_to_other_codecs_and_an_archive_and_back(cache: Path, tmp_path: Path) -> None:
+    facts = json.loads(had_pipe("cache", "inspect", cache, "--json").stdout)
+    for codec in ("exact", "archive"):
+        made = had_pipe("cache", "recode", cache, tmp_path / codec, "--codec", codec)
+        assert made.exit_code == 0, made.output
+        assert f"target    {tmp_path / codec}, {codec}, " in made.stdout
+        assert "nothing lost: every value is the source's" in made.stdout
+        again = had_pipe("cache", "recode", cache, tmp_path / codec, "--codec", codec)
+        assert again.exit_code == 0
+        assert "nothing was left to do: all " in again.stdout
+    inspected = had_pipe("cache", "inspect", tmp_path / "exact")
+    assert f"source    recoded from int8, cache {facts['id']}" in inspected.stdout
+
+    archive = had_pipe("cache", "inspect", tmp_path / "archive")
+    assert archive.exit_code == 4
+    assert f"had-pipe cache recode {tmp_path / 'archive'}" in archive.stderr
+    back = had_pipe("cache", "recode", tmp_path / "archive", tmp_path / "back")
+    assert back.exit_code == 0, back.output
+    assert facts["id"] in back.stdout
+    assert had_pipe("cache", "verify", tmp_path / "back").exit_code == 0
+
+    refused = had_pipe("cache", "recode", cache, tmp_path / "x", "--codec", "zip")
+    assert refused.exit_code == 2
+    assert "--codec zip: expected one of " in refused.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_two_caches_are_compared(cache: Path, tmp_path: Path) -> None:
+    copy, recoded, other = (tmp_path / name for name in ("copy", "recoded", "other"))
+    shutil.copytree(cache, copy)
+    same = had_pipe("cache", "compare", cache, copy)
+    assert same.exit_code == 0, same.output
+    assert "train/0: 64 windows, all of equal bytes" in same.stdout
+    assert "verdict     one cache: the ids are the same" in same.stdout
+
+    assert had_pipe("cache", "recode", cache, recoded, "--codec", "exact").exit_code == 0
+    shown = had_pipe("cache", "compare", cache, recoded).stdout
+    assert "verdict     b was recoded from a: no more than the codec differs" in shown
+    assert "train/0: 64 windows, 0 of equal bytes; relative error 0; " in shown
+
+    build_cache(other, windows=64, part=32, seed=1)
+    differing = had_pipe("cache", "compare", cache, other)
+    assert differing.exit_code == 0
+    assert "train/0/mask differs" in differing.stdout or "kmer_id differs" in differing.stdout
+    assert "of other k-mers, mask or strand" in differing.stdout
+    assert "verdict     they differ" in differing.stdout
+    told = json.loads(had_pipe("cache", "compare", cache, other, "--json").stdout)
+    assert (told["identical"], told["equal"]) == (False, False)
+    assert told["a"]["path"] == str(cache)
+    assert had_pipe("cache", "compare", cache, tmp_path / "none").exit_code == 4
+
+
 def test_distill_and_report_make_a_student_and_a_page_once(recipe: Path) -> None:
     run = recipe.parent / "run"
     first = in_a_process("distill", recipe)
@@ -463,6 +519,90 @@ def test_repair_makes_again_what_a_flipped_byte_spoilt(stage_one: Path) -> None:
     mended = had_pipe("extract-teacher", stage_one, "--device", "cpu", "--repair")
     assert mended.exit_code == 0, mended.output
     assert shard.read_bytes() == sound
+    assert had_pipe("cache", "verify", cache).exit_code == 0
+
+
+def test_an_audit_holds_a_cache_against_its_teacher(stage_one: Path) -> None:
+    cache = stage_one.parent / "cache"
+    assert had_pipe("extract-teacher", stage_one, "--device", "cpu").exit_code == 0
+    teacher = REPOSITORY / "pipelines" / "demo" / "teacher"
+    result = had_pipe("cache", "audit", cache, stage_one, "--windows", "9", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "9 of equal bytes" in result.stdout
+    assert "failed        none" in result.stdout
+    words = ("--windows", "3", "--seed", "7", "--device", "cpu", "--json")
+    found = json.loads(had_pipe("cache", "audit", cache, teacher, *words).stdout)
+    assert (found["seed"], found["passed"], found["windows"]) == (7, True, 3)
+    told = json.loads(had_pipe("cache", "inspect", cache, "--json").stdout)["plan"]["teacher"]
+    plan = (cache / "plan.json").read_text("utf-8")
+    forged = plan.replace(told["weights_sha256"], "0" * 64)
+    assert forged != plan
+    (cache / "plan.json").write_text(forged, "utf-8")
+    (cache / "manifest.json").unlink()
+    assert had_pipe("cache", "audit", cache, teacher, "--device", "cpu").exit_code == 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--share", "1/2", "--workers", "2"],
+        ["--share", "1/2", "--scheduler", "tcp://h:1"],
+        ["--workers", "2", "--scheduler", "tcp://h:1"],
+    ],
+    ids=" ".join,
+)
+def test_two_ways_of_sharing_the_work_exclude_each_other(stage_one: Path, words: list[str]) -> None:
+    result = had_pipe("extract-teacher", stage_one, *words)
+    assert result.exit_code == 2
+    assert f"{words[0]} and {words[2]} exclude each other" in result.stderr
+    assert not (stage_one.parent / "cache").exists()
+
+
+def test_shares_make_the_cache_that_one_job_makes(stage_one: Path) -> None:
+    cache = stage_one.parent / "cache"
+    whole = had_pipe("extract-teacher", stage_one, "--device", "cpu")
+    assert whole.exit_code == 0, whole.output
+    before = {file: file.read_bytes() for file in cache.rglob("*") if file.is_file()}
+    shutil.rmtree(cache)
+
+    words = ["extract-teacher", stage_one, "--device", "cpu", "--share"]
+    first = had_pipe(*words, "2/2")
+    assert first.exit_code == 0, first.output
+    assert "3 parts of 6 in " in first.stdout
+    assert "; 3 parts still missing" in first.stdout
+    assert "next " not in first.stdout
+    again = had_pipe(*words, "2/2")
+    assert "nothing was left to do in share 2/2; 3 parts still missing" in again.stdout
+    assert "not sealed: 3 of 6 parts missing" in had_pipe("cache", "inspect", cache).stdout
+    last = had_pipe(*words, "1/2")
+    assert last.exit_code == 0, last.output
+    assert f"next  had-pipe distill {stage_one}" in last.stdout
+    assert {file: file.read_bytes() for file in cache.rglob("*") if file.is_file()} == before
+
+
+def test_a_warning_that_time_is_up_ends_after_the_part_in_work_with_75(
+    stage_one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration, shown = 4, 0
+
+    def warn(kmer_id: npt.NDArray[np.uint16]) -> npt.NDArray[np.bool_]:
+        nonlocal shown
+        shown += 1
+        if shown == calibration + 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return np.zeros(len(kmer_id), dtype=np.bool_)
+
+    monkeypatch.setattr("had_pipe.job.load_teacher", lambda *_, **__: NumpyTeacher(spoil=warn))
+    before = signal.getsignal(signal.SIGUSR2)
+    result = had_pipe("extract-teacher", stage_one)
+    assert result.exit_code == 75, result.output
+    assert "run the same command again" in result.stderr
+    assert signal.getsignal(signal.SIGUSR2) == before
+    cache = stage_one.parent / "cache"
+    made = sum(1 for _ in (cache / "parts").rglob("*.json"))
+    assert 2 <= made < 6
+    assert not list((cache / ".work" / "leases").glob("*.lock"))
+    assert had_pipe("extract-teacher", stage_one).exit_code == 0
     assert had_pipe("cache", "verify", cache).exit_code == 0
 
 

@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"durable", "run"},
     "job": {"errors", "dna", "recipe", "cache", "corpus", "teachers"},
     "parts": {"errors", "durable", "hold", "dna", "cache", "teachers"},
+    "audit": {"errors", "progress", "draws", "recipe", "cache", "teachers", "parts"},
     "extract": {
         *{"errors", "progress", "durable", "hold", "recipe", "cache"},
         *{"corpus", "teachers", "job", "parts"},
@@ -49,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         "dna",  # inspect spells a k-mer
         *{"errors", "progress", "durable", "recipe", "cache"},
-        *{"survey", "extract", "cluster", "distill", "run", "report"},
+        *{"survey", "extract", "cluster", "audit", "distill", "run", "report"},
         "students",  # doctor says which kernel runs
     },
 }

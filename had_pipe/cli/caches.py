@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from had_pipe.cli.arguments import CacheArgument, JsonOption, read_share
+from had_pipe.cli.arguments import (
+    CacheArgument,
+    Device,
+    DeviceOption,
+    JsonOption,
+    OfflineOption,
+    read_share,
+)
 from had_pipe.cli.shown import (
     answering,
     as_json_object,
@@ -28,8 +36,10 @@ from had_pipe.cli.shown import (
 from had_pipe.errors import CacheCorrupt, CacheIncomplete, RecipeError
 
 if TYPE_CHECKING:
+    from had_pipe.audit import Audit, Failure
     from had_pipe.cache import Cache
     from had_pipe.cache.compare import Comparison, Difference, Side, Values
+    from had_pipe.recipe import Recipe
 
 
 class Level(StrEnum):
@@ -215,6 +225,8 @@ def _plan_facts(cache: Cache) -> list[tuple[str, str]]:
         ],
     )
     facts += [("codec", plan.codec), *continued("fidelity", fidelity(cache.fidelity))]
+    if plan.source is not None:
+        facts.append(("source", f"recoded from {plan.source.codec}, cache {plan.source.cache}"))
     reason = f" ({plan.licence_reason})" if plan.licence_reason else ""
     return [*facts, ("licence", f"{plan.licence}{reason}; students inherit it")]
 
@@ -281,6 +293,107 @@ def verify(
 
 
 @answering
+def audit(
+    path: CacheArgument,
+    teacher: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE_OR_TEACHER",
+            help="A recipe, whose [teacher] is taken, or a teacher's folder or hub name.",
+        ),
+    ],
+    windows: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many windows to look at.")
+    ] = 64,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=2**63 - 1,
+            help="Draw the same windows as another audit; any unless said.",
+        ),
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the teacher again on some windows and compare; change nothing.
+
+    How one lab checks another's cache: `verify` proves that it is as it was sealed, this that what
+    was sealed is true. Needs the teacher, no genome. On the same class of arithmetic stored bytes
+    must be equal, on another one close. The exit code is 4 where a window fails.
+    """
+    from secrets import randbits
+
+    named = Path(teacher)
+    if named.suffix == ".toml":
+        from had_pipe.recipe import read_recipe
+
+        of: Recipe | str = read_recipe(named)
+    else:
+        of = teacher
+    from had_pipe.audit import audit as look
+
+    drawn = randbits(32) if seed is None else seed
+    with reporter() as report:
+        found = look(
+            path,
+            of,
+            windows=windows,
+            device=device.value,
+            offline=offline,
+            seed=drawn,
+            report=report,
+        )
+    if as_json:
+        print_json({**as_json_object(found), "seed": drawn, "passed": found.passed})
+    else:
+        print_facts(_audit_facts(found, drawn))
+    if not found.passed:
+        failed = count(len(found.failures), "window")
+        raise CacheCorrupt(f"{path}: {failed} of {found.windows:,} not what the teacher says")
+
+
+def _audit_facts(found: Audit, seed: int) -> list[tuple[str, str]]:
+    def arithmetic(numerics: Mapping[str, object]) -> str:
+        return ", ".join(f"{key} {value}" for key, value in numerics.items())
+
+    if found.bytes_expected:
+        expected = "one class of arithmetic: equal bytes expected"
+    else:
+        expected = f"a cosine of at least {found.limit} expected, less what the codec loses"
+    return [
+        ("cache", str(found.path)),
+        ("id", found.cache_id),
+        ("teacher", f"{found.teacher}: weights and layer are those of the plan"),
+        ("made with", arithmetic(found.there)),
+        ("audited with", arithmetic(found.here)),
+        (
+            "windows",
+            f"{found.windows:,} of {found.windows_total:,}, from {found.parts:,} of "
+            f"{count(found.parts_total, 'part')}, drawn with --seed {seed}",
+        ),
+        ("", expected),
+        ("", f"{found.equal_windows:,} of equal bytes; worst cosine {found.worst_cosine:.6f}"),
+        (
+            "",
+            f"if one window in a hundred were false, an audit of so many would meet one with "
+            f"{found.share_found(0.01):.0%}",
+        ),
+        *continued("failed", [_failure(failure) for failure in found.failures] or ["none"]),
+    ]
+
+
+def _failure(failure: Failure) -> str:
+    locus = failure.locus
+    return (
+        f"window {failure.row} of {failure.split}, view {failure.view}, part {failure.part}, "
+        f"{locus.genome} {locus.contig}:{locus.start}: {failure.found}"
+    )
+
+
+@answering
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="A cache's folder.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another cache's folder.")],
@@ -303,6 +416,8 @@ def compare(
         verdict = "one cache: the ids are the same"
     elif found.equal:
         verdict = "every window is in both, stored as the same bytes"
+    elif _is_recoded(found):
+        verdict = "b was recoded from a: no more than the codec differs"
     else:
         verdict = "they differ"
     print_facts(
@@ -317,6 +432,15 @@ def compare(
             *continued("embeddings", [_values(values) for values in found.values]),
             ("verdict", verdict),
         ]
+    )
+
+
+def _is_recoded(found: Comparison) -> bool:
+    differing = {key.key: key.b for key in found.meaning}
+    of_codec = all(key.key.startswith("statistics/") for key in found.contents)
+    return of_codec and (
+        set(differing) == {"codec", "source.cache", "source.codec"}
+        and differing["source.cache"] == found.a.cache_id
     )
 
 
@@ -405,7 +529,11 @@ def recode(
         done = f"{count(made.made, things)} of {made.total:,} in {duration(made.seconds)}"
     else:
         done = f"nothing was left to do: all {count(made.total, things)} were there"
-    lost = [] if made.fidelity is None else fidelity(made.fidelity)
+    if made.lossless:
+        lost = ["nothing lost: every value is the source's"]
+    else:
+        assert made.fidelity is not None
+        lost = fidelity(made.fidelity)
     if made.coded_twice:
         lost.append(f"against the source, which is {made.source_codec} and had lost some already")
     print_facts(
