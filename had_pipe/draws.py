@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     EPOCH_SHARDS = 5
     EPOCH_RUNS = 6
     VERIFY_SAMPLE = 7
+    AUDIT_SAMPLE = 8
 
 
 def draws(

@@ -96,7 +96,7 @@ class Codec:
         None for `exact`. Never depends on which other groups are encoded with a group."""
         x = embedding_WGD
         if self.name == "exact":
-            return (_bits(x) if self.dtype == "bfloat16" else x), None
+            return _own_type(x, self.dtype), None
         z = (_cast(x, "float32") - mean_D) / std_D
         if self.codebook is not None:
             code_NC, scale_N = self.codebook.encode(z.reshape(-1, z.shape[-1]))
@@ -239,9 +239,19 @@ def _cast(x: Array, dtype: str) -> Array:
     return x.astype(kind, copy=False) if isinstance(x, np.ndarray) else x.to(kind)
 
 
-def _bits(x: Array) -> Array:
-    """bfloat16 values as uint16; only torch has the type."""
-    return x.view(_namespace(x).uint16)
+def _own_type(x: Array, dtype: Dtype) -> Array:
+    """The teacher's bits; what was decoded from another codec is rounded to its type.
+
+    bfloat16 as uint16, since only torch has the type.
+    """
+    if dtype == "float16" and str(x.dtype).rpartition(".")[2] != "float16":
+        x = x.clip(-65504, 65504)
+    if dtype != "bfloat16":
+        return _cast(x, dtype)
+    if not isinstance(x, np.ndarray):
+        return _cast(x, dtype).view(_namespace(x).uint16)
+    bits = _cast(x, "float32").view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # half to even
 
 
 def _from_bits(value: Array) -> Array:

@@ -25,7 +25,6 @@ import numpy.typing as npt
 from had_pipe.cache import archive, integrity, writer
 from had_pipe.cache.codec import (
     HELD_OUT_GROUPS,
-    Codec,
     CodecName,
     Statistics,
     calibrate,
@@ -247,7 +246,7 @@ def _make_plan(source: Cache, target: Path, name: CodecName, wanted: SourcePlan)
     found = calibrate(name, plan.teacher.dtype, sample, given=statistics)
     lost = found.fidelity
     if name == "exact":  # of a teacher that computes: here values may have to be rounded
-        stored = _encoded(found.codec, sample, source)
+        stored = found.codec.encode(sample, source.mean, source.std)
         lost = fidelity(sample, found.codec.decode(*stored, source.mean, source.std))
     described = plan.model_dump(mode="json")
     for follows in ("splits", "statistics", "contents"):
@@ -351,7 +350,7 @@ def _make_parts(
                     return
                 rows = np.arange(first + start, first + min(start + some, windows))
                 x = _decoded(source, part.split, part.view, rows)
-                stored = _encoded(codec, x, source)
+                stored = codec.encode(x, source.mean, source.std)
                 out.append(*(array for array in stored if array is not None))
             out.sync()
             out.commit()
@@ -399,22 +398,6 @@ def _decoded(
         block.value, block.scale, source.mean, source.std
     )
     return decoded
-
-
-def _encoded(
-    codec: Codec, x_WGD: npt.NDArray[np.float32], source: Cache
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16] | None]:
-    """What is stored; as `exact`, decoded values are rounded to the teacher's own type."""
-    if codec.name != "exact":
-        stored: tuple[npt.NDArray[Any], npt.NDArray[np.float16] | None]
-        stored = codec.encode(x_WGD, source.mean, source.std)
-        return stored
-    if codec.dtype == "float16":
-        return x_WGD.clip(-65504, 65504).astype(np.float16), None
-    if codec.dtype == "bfloat16":
-        bits = x_WGD.view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), None
-    return x_WGD, None
 
 
 def _check_contents(source: Cache, name: str, found: str) -> None:
