@@ -1082,3 +1082,28 @@ def test_missing_parts_are_those_without_a_receipt(begun: Path) -> None:
     shutil.rmtree(begun / "parts")
     assert integrity.missing_parts(begun, plan) == list(plan.parts())
     assert integrity.numerics_class(begun, plan) is None
+
+
+def test_metadata_is_held_against_the_plan_before_sealing_too(begun: Path, sound: Path) -> None:
+    """No manifest protects it yet; one bit in each, then all that a flip can spell otherwise."""
+    plan, _ = layout.read_plan(begun)
+    rng = np.random.default_rng(8)
+    for key in plan.metadata_keys():
+        original = (begun / key).read_bytes()
+        assert original == (sound / key).read_bytes()
+        for bit in rng.integers(0, 8 * len(original), 4).tolist():
+            flip(begun / key, bit)
+            assert found_by_verify(begun), (key, bit)
+            (begun / key).write_bytes(original)
+    finish(begun, sound)
+    key = "data.zarr/train/0/embedding/value/zarr.json"
+    original = (begun / key).read_bytes()
+    rewrite(begun / key, lambda array: array.update(fill_value=127))
+    (problem,) = integrity.verify(begun).problems
+    assert problem.key == key
+    with pytest.raises(CacheCorrupt, match=r"value/zarr\.json: other metadata"):
+        integrity.seal(begun)
+    # Spelt otherwise it says the same: another version of Zarr may have written it.
+    rewrite(begun / key, lambda array: array.update(fill_value=-128))
+    assert (begun / key).read_bytes() != original
+    assert integrity.verify(begun).problems == ()

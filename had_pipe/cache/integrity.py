@@ -612,11 +612,11 @@ def _planned_problems(cache: Path, plan: Plan) -> Iterator[Problem]:
             found.setdefault(f"{below}/reversed", hashlib.sha256()).update(reverse.data)
             if part.view == plan.splits[part.split].views[0]:
                 found.setdefault(f"{part.split}/kmer_id", hashlib.sha256()).update(kmer_id.data)
-        told = opened.fidelity  # measured, so the one thing there that does not follow from the plan
+        measured = opened.fidelity  # the one thing there that does not follow from the plan
     except CacheError as error:
         yield Problem(DATA, str(error), "what was planned", _remedy(DATA))
         return
-    yield from _metadata_problems(cache, plan, told)
+    yield from _metadata_problems(cache, plan, measured)
     for name in sorted({*found, *plan.contents}):
         digest = found[name].hexdigest() if name in found else None
         expected = plan.contents.get(name)
