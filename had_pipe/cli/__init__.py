@@ -30,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 _cache = typer.Typer(
-    help="A cache's life: what it is, whether it is whole, and other forms of it.",
+    help="What a cache is, and whether it is whole and true.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )

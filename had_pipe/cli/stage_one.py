@@ -48,8 +48,9 @@ def plan(
 ) -> None:
     """Say what stage one will make and cost.
 
-    Windows by split, what is dropped and why, k-mers, parts, files, bytes by codec, free space,
-    time from a short probe, and the licence. Nothing is written.
+    Windows by split, what is dropped and why, k-mers, parts, files, free space, the licence and
+    what it implies; from a short probe of the teacher on this device the time, and what every
+    codec loses of these windows beside what it costs. Nothing is written.
     """
     from had_pipe.recipe import read_recipe
 
@@ -210,7 +211,7 @@ def extract_teacher(
 
     The same command starts, continues after a stop, and says when nothing is left; run several
     times at once, on any machines that share the disk, it makes one cache together. However it is
-    made, the cache has the same bytes.
+    made, on one class of arithmetic the cache has the same bytes.
 
     Stopped by Ctrl-C or SIGTERM it drops the part in work, by SIGUSR2 it finishes it first; the
     exit code is then 75: run me again. It is 8 where parts failed three times and all others were
