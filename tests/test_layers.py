@@ -39,6 +39,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"errors", "progress", "durable", "hold", "recipe", "cache"},
         *{"corpus", "teachers", "job", "parts"},
     },
+    "cluster": {
+        *{"errors", "progress", "durable", "hold", "recipe", "cache"},
+        *{"teachers", "job", "parts", "extract"},
+    },
     "survey": {
         *{"errors", "progress", "durable", "dna", "recipe", "cache"},
         *{"corpus", "teachers", "job", "parts", "extract"},
@@ -61,8 +65,8 @@ OWNERS: dict[str, set[str]] = {
     "pyarrow": {"cache"},
     "crc32c": {"cache"},
     "threadpoolctl": {"cache"},
-    "dask": set(),
-    "distributed": set(),
+    "dask": {"cluster"},
+    "distributed": {"cluster"},
     "dnaio": {"dna"},
     "gtars": {"dna"},
     "py2bit": {"dna"},
@@ -82,6 +86,8 @@ OWNERS: dict[str, set[str]] = {
     "torch": {
         *{"teachers", "students", "objectives", "stream", "checkpoint", "extract", "distill"},
         "floors",
+        "parts",
+        "cluster",  # deals out the devices of one machine
         "cli",  # doctor says which devices there are
     },
 }
