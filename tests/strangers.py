@@ -32,10 +32,12 @@ import numpy as np
 from had_pipe.cache import layout
 
 PART, KMERS, CHANNELS, WINDOWS, VALID = 3, 12, 4, 6, 3
+LEARNT_CHANNELS = 32
 VALUE = "data.zarr/train/0/embedding/value/c/1/0/0"
 SCALE = "data.zarr/train/0/embedding/scale/c/1/0"
 RECEIPT = "parts/train/0/00001.json"
 MEAN = "data.zarr/statistics/embedding/mean/c/0"
+BOOK = "data.zarr/statistics/embedding"
 STD = "data.zarr/statistics/embedding/std/c/0"
 KMER = "data.zarr/train/kmer_id/c/1/0"
 MASK = "data.zarr/train/0/mask/c/1/0"
@@ -568,8 +570,8 @@ STORES: Mapping[str, tuple[Change, str]] = {
     ),
     # plan.json: bytes
     "plan 200,000 deep": (raw("plan.json", DEEP), "plan.json: not what format 1 says"),
-    "plan of two megabytes of brackets": (
-        raw("plan.json", b'{"a":[' + b"[]," * 690_000 + b"[]]}\n"),
+    "plan of a megabyte of brackets": (
+        raw("plan.json", b'{"a":[' + b"[]," * 340_000 + b"[]]}\n"),
         "plan.json: format None",
     ),
     "plan of a gigabyte": (hole("plan.json", 1 << 30, start=b"{"), "1,073,741,824 bytes"),
@@ -782,6 +784,34 @@ STORES: Mapping[str, tuple[Change, str]] = {
     },
 }
 
+# The same, of a cache whose codec learns a codebook.
+LEARNT: Mapping[str, tuple[Change, str]] = {
+    "a rotation of NaN": (floats(f"{BOOK}/rotation/c/0/0", np.nan), "no rotation: they must be"),
+    "a level that is infinite": (floats(f"{BOOK}/level/c/0/0", np.inf), "no level: they must be"),
+    "a spread of 0": (floats(f"{BOOK}/spread/c/0", 0), "no spread: they must be"),
+    "a byte that no code has": (
+        array(f"{BOOK}/byte/c/0", lambda data: data.__setitem__(slice(0, 2), b"\xff\xff")),
+        "does not name each of the",
+    ),
+    "no byte but the first": (
+        array(f"{BOOK}/byte/c/0", lambda data: data.__setitem__(slice(None), bytes(len(data)))),
+        "does not name each of the",
+    ),
+    "a rotation of a terabyte": (
+        hole(f"{BOOK}/rotation/c/0/0", 1 << 40, forged=True),
+        "1,099,511,627,776 bytes",
+    ),
+    "a codebook that is a fifo": (
+        special(f"{BOOK}/level/c/0/0", "fifo"),
+        "level/c/0/0: expected an ordinary file",
+    ),
+    "a codebook of 10^6 channels": (
+        plan(lambda p: p["teacher"].update(channels=10**6)),
+        "which takes at most",
+    ),
+    "another codec's name": (plan(lambda p: p.update(codec="tiny")), "does not name each of the"),
+}
+
 # What looks bad and is harmless: nothing is refused, and nothing is done beyond reading the cache.
 HARMLESS: Mapping[str, Change] = {
     "a shard that is a hard link": hard_linked,
@@ -824,10 +854,12 @@ _FORBIDDEN = (
 )
 
 
-def _watch(root: Path, seen: list[str]) -> None:
+def _watch(root: Path, sound: Path, seen: list[str]) -> None:
     """Note everything that is done outside a folder, or to it, from here on."""
     own = f"{root}{os.sep}"
-    python = tuple({sys.prefix, sys.base_prefix, *filter(None, sys.path), "/usr/lib", "/proc/self"})
+    python = tuple(
+        {str(sound), sys.prefix, sys.base_prefix, *filter(None, sys.path), "/usr/lib", "/proc/self"}
+    )
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event.startswith(_FORBIDDEN):
@@ -847,10 +879,11 @@ def _watch(root: Path, seen: list[str]) -> None:
     sys.addaudithook(hook)
 
 
-def _ways(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+def _ways(path: Path, sound: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     """Every way to open a cache; each returns what it prints or reports."""
     from had_pipe import stream
     from had_pipe.cache import Cache, integrity
+    from had_pipe.cache.compare import compare
     from had_pipe.cli import caches
 
     def read() -> str:
@@ -885,7 +918,12 @@ def _ways(path: Path) -> Iterator[tuple[str, Callable[[], object]]]:
                 return "\n".join(["refused", out.getvalue()])
         return out.getvalue()
 
+    def hold_against() -> str:
+        found = compare(sound, path)
+        return f"{found.meaning} {found.values} {found.b}"
+
     yield "read", read
+    yield "compare", hold_against
     yield "locus", locus
     yield "train", train
     yield "inspect", inspect
@@ -899,7 +937,7 @@ def _memory(name: str) -> int:
     raise AssertionError(name)
 
 
-def _try_all(path: Path) -> dict[str, Any]:
+def _try_all(path: Path, sound: Path) -> dict[str, Any]:
     """Open one cache in every way; what came of each, and what it cost."""
     import resource
     import time
@@ -910,8 +948,8 @@ def _try_all(path: Path) -> dict[str, Any]:
     begun = _memory("VmHWM")
     most = _memory("VmData") + (1 << 30)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    ways = list(_ways(path))
-    _watch(path, seen)
+    ways = list(_ways(path, sound))
+    _watch(path, sound, seen)
     told: dict[str, Any] = {}
     slowest = 0.0
     for name, way in ways:
@@ -938,12 +976,10 @@ def main(root: Path) -> None:
     import pyarrow.parquet  # noqa: F401
     import torch  # noqa: F401
 
-    from had_pipe.cache import Cache
-
     sound = root / "sound" / "cache"
-    for _, way in _ways(sound):
-        way()  # whatever is imported or made once is not a store's to pay for
-    del Cache
+    for cache in (sound, root / "learnt" / "cache"):
+        for _, way in _ways(cache, sound):
+            way()  # whatever is imported or made once is not a store's to pay for
     for line in sys.stdin:
         name = line.strip()
         read, write = os.pipe()
@@ -951,7 +987,7 @@ def main(root: Path) -> None:
         if child == 0:
             os.close(read)
             try:
-                answer = _try_all(root / name / "cache")
+                answer = _try_all(root / name / "cache", sound)
             except BaseException as error:
                 answer = {"broken": f"{type(error).__name__}: {error}"}
             with os.fdopen(write, "w") as pipe:

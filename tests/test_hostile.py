@@ -30,20 +30,25 @@ from had_pipe.errors import CacheCorrupt, CacheError, CacheRefused, HadPipeError
 MOST_NBYTES = 64 << 20
 MOST_SECONDS = 2.0
 
-Opener = Callable[[str, strangers.Change], dict[str, Any]]
+Opener = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("strangers").resolve()
-    build_cache(
-        root / "sound" / "cache",
-        windows=strangers.WINDOWS,
-        valid=strangers.VALID,
-        kmers=strangers.KMERS,
-        channels=strangers.CHANNELS,
-        part=strangers.PART,
-    )
+    for name, codec, channels in (
+        ("sound", "int8", strangers.CHANNELS),
+        ("learnt", "compact", strangers.LEARNT_CHANNELS),
+    ):
+        build_cache(
+            root / name / "cache",
+            windows=strangers.WINDOWS,
+            valid=strangers.VALID,
+            kmers=strangers.KMERS,
+            channels=channels,
+            part=strangers.PART,
+            codec=codec,
+        )
     return root
 
 
@@ -63,11 +68,11 @@ def opener(root: Path) -> Iterator[Opener]:
     costs: dict[str, tuple[float, int]] = {}
     numbers = itertools.count()
 
-    def try_one(name: str, change: strangers.Change) -> dict[str, Any]:
+    def try_one(name: str, change: strangers.Change, base: str = "sound") -> dict[str, Any]:
         folder = root / str(next(numbers))
         (folder / "outside").mkdir(parents=True)
         (folder / "outside" / "secret").write_text("secret")
-        shutil.copytree(root / "sound" / "cache", folder / "cache")
+        shutil.copytree(root / base / "cache", folder / "cache")
         change(folder / "cache")
         before = state(folder)
         process.stdin.write(f"{folder.name}\n")
@@ -134,13 +139,13 @@ def sayings(answer: dict[str, Any]) -> dict[str, str]:
     return said
 
 
-@pytest.mark.parametrize("name", strangers.STORES)
+@pytest.mark.parametrize("name", [*strangers.STORES, *strangers.LEARNT])
 def test_a_strangers_store_is_refused(name: str, opener: Opener) -> None:
-    change, expected = strangers.STORES[name]
+    change, expected = {**strangers.STORES, **strangers.LEARNT}[name]
     if "is a device" in name and os.geteuid():
         pytest.skip("only root makes device nodes")
 
-    answer = opener(name, change)
+    answer = opener(name, change, "learnt" if name in strangers.LEARNT else "sound")
 
     check_watch(answer)
     said = sayings(answer)
@@ -162,11 +167,11 @@ def test_what_is_a_trap_for_other_readers_is_nothing_to_ours(name: str, opener: 
     answer = opener(name, strangers.FOREIGN[name])
     check_watch(answer)
     said = sayings(answer)
-    assert set(said) <= {"read", "locus", "train", "inspect", "verify"}
+    assert set(said) <= {"read", "compare", "locus", "train", "inspect", "verify"}
     if name == "zarr 2 beside zarr 3":
         assert "does not list what the plan implies" in said["read"]
     else:
-        assert not {"read", "locus", "train"} & set(said)
+        assert not {"read", "compare", "locus", "train"} & set(said)
 
 
 # -- while it is looked at -------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from had_pipe.cache.layout import (
 from had_pipe.cache.loci import WindowTable
 from had_pipe.cache.reader import Cache, check_receipt, expected_keys, refuse_endless
 from had_pipe.draws import Purpose, permutation
-from had_pipe.durable import make_folder, storage, sync_folder, write_file
+from had_pipe.durable import make_folder, publish, storage, sync_folder, write_file
 from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete, shown
 from had_pipe.progress import Progress, Reporter, silent
 
@@ -135,7 +135,7 @@ def seal(cache: Path, *, threads: int | None = None, report: Reporter = silent) 
         nbytes = _length(cache, key)
         if key not in objects:
             if nbytes is None:
-                raise CacheCorrupt(f"{cache}: {key} is missing; start the cache again")
+                raise CacheCorrupt(f"{cache}: {key} is missing; {_remedy(key)}")
             unread[key] = nbytes
         elif nbytes != objects[key].nbytes:
             told = "is missing" if nbytes is None else f"has {nbytes:,} bytes"
@@ -146,7 +146,7 @@ def seal(cache: Path, *, threads: int | None = None, report: Reporter = silent) 
     read = _hashed(cache, unread, what="sealing", threads=threads, report=report)
     for key, found in read.items():
         if isinstance(found, str):
-            raise CacheCorrupt(f"{cache}: {key} {found}; start the cache again")
+            raise CacheCorrupt(f"{cache}: {key} {found}; {_remedy(key)}")
         objects[key] = found
     manifest = Manifest.build(plan, objects)
     with storage(cache):
@@ -442,6 +442,50 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def is_planned(plan: Plan, problem: Problem) -> bool:
+    """Whether a problem is about what was made when the cache was planned, plan.json apart."""
+    objects = _Objects(plan)
+    below = problem.key == WINDOWS or problem.key.partition("/")[0] == DATA
+    known = objects.is_file(problem.key) or objects.is_folder(problem.key)
+    return below and known and objects.part(problem.key) is None
+
+
+def restore_planned(cache: Path, plan: Plan, again: Path) -> None:
+    """Put the objects of a folder that was planned alike in the place of those that differ.
+
+    Raises CacheCorrupt, and changes nothing, where one is not what the manifest says of it. The
+    caller holds the cache's lock.
+    """
+    manifest = read_manifest(cache, plan)
+    objects = _Objects(plan)
+    keys = [
+        key
+        for path in again.rglob("*")
+        if path.is_file()
+        and objects.is_file(key := path.relative_to(again).as_posix())
+        and key != PLAN
+    ]
+    made = _hashed(again, {key: _length(again, key) or 0 for key in keys}, what="mending")
+    there = _hashed(cache, {key: _length(cache, key) or 0 for key in keys}, what="mending")
+    differing = [key for key in keys if there[key] != made[key]]
+    for key in differing:
+        if manifest is not None and manifest.objects.get(key) != made[key]:
+            raise CacheCorrupt(
+                f"{cache}: {key} is damaged, and made again it is not what the manifest says: "
+                "another version of Zarr or Arrow made it; copy it again"
+            )
+    for key in differing:
+        for folder in Path(key).parents:
+            if (cache / folder).is_symlink():
+                raise CacheCorrupt(f"{cache}: {folder} is a link; remove it, then run this again")
+    with storage(cache):
+        for key in differing:
+            if not (cache / key).is_file() or (cache / key).is_symlink():
+                _remove(cache / key)
+            make_folder((cache / key).parent)
+            publish(again / key, cache / key)
+
+
 def _record(raw: bytes) -> ObjectRecord:
     return ObjectRecord(nbytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
 
@@ -451,8 +495,8 @@ def _hashed(
     lengths: Mapping[str, int],
     *,
     what: str,
-    threads: int | None,
-    report: Reporter,
+    threads: int | None = None,
+    report: Reporter = silent,
     look: Callable[[str, ObjectRecord], None] = lambda *_: None,
 ) -> dict[str, ObjectRecord | str]:
     """What objects hold, or why one cannot be read; the largest first, told in bytes.
@@ -557,9 +601,11 @@ def _crc_problem(
         receipt, raw = read_receipt(cache, plan, part)
         if _record(raw) != record:
             return None
+        check_receipt(cache, plan, part, receipt)
+        windows = plan.part_windows(part)
         descriptor = open_object(cache, key)
         try:
-            ends = (row * signal.stride + signal.nbytes for row in range(receipt.windows))
+            ends = (row * signal.stride + signal.nbytes for row in range(windows))
             there = b"".join(os.pread(descriptor, CRC_NBYTES, end) for end in ends)
         finally:
             os.close(descriptor)
@@ -576,10 +622,12 @@ def _crc_problem(
 
 
 def _remedy(key: str) -> str:
+    if key in (PLAN, MANIFEST):
+        return _AGAIN
     of_part = "/embedding/" in key and "/c/" in key and not key.startswith(f"{DATA}/statistics/")
     if of_part or key.startswith(f"{RECEIPTS}/"):
         return "`had-pipe extract-teacher RECIPE --repair` makes this part again; or copy it again"
-    return "made when the cache was planned: copy it again, or make the cache anew"
+    return "`had-pipe extract-teacher RECIPE --repair` plans it again; or copy it again"
 
 
 _AGAIN = "copy the cache again"

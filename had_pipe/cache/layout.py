@@ -51,7 +51,7 @@ ABSENT = 2**64 - 1
 
 # Ceilings for what a stranger may have made. JSON takes some twenty times its length once parsed;
 # what grows with the cache is bounded by what the plan implies.
-_LARGEST_PLAN = 1 << 21
+_LARGEST_PLAN = 1 << 20
 _LARGEST_MANIFEST = 1 << 28
 _LARGEST_NOTE = 1 << 16
 _LARGEST_ARRAY = 1 << 28
