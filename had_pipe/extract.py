@@ -11,9 +11,10 @@ W windows of a batch, T k-mers per window, G stored groups, D channels.
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ from had_pipe import corpus
 from had_pipe.cache import Cache, Part, Plan, Statistics, integrity, layout, writer
 from had_pipe.cache.codec import calibrate, sample_groups
 from had_pipe.cache.layout import Receipt
-from had_pipe.durable import free_files, free_nbytes
+from had_pipe.durable import free_files, free_nbytes, storage
 from had_pipe.errors import (
     CacheCorrupt,
     CacheRefused,
@@ -53,6 +54,7 @@ from had_pipe.recipe import Recipe
 from had_pipe.teachers.teacher import Teacher
 
 _LOOK_SECONDS = 0.5  # between two looks at parts that others are making
+_LISTING_SECONDS = 5.0  # between two listings of all receipts, to tell how far everybody is
 _WAITING = 2
 """Parts embedded and not yet committed, before another is begun: memory, and what a kill costs."""
 
@@ -173,14 +175,19 @@ def ensure_plan(
 
     with waiting(lock_of(path, "plan"), waited):
         if not (path / layout.PLAN).exists():
-            return _make_plan(asked, references, teacher, described, given, report)
+            return _make_plan(path, asked, references, teacher, described, given, report)
         plan = check_same(path, described, given)
         if repair:
-            _repair(path, plan, report)
+
+            def again(aside: Path) -> Plan:
+                return _make_plan(aside, asked, references, teacher, described, given, report)
+
+            _repair(path, plan, again, report)
         return plan
 
 
 def _make_plan(
+    path: Path,
     asked: Job,
     references: Sequence[corpus.Reference],
     teacher: Teacher,
@@ -195,7 +202,7 @@ def _make_plan(
     sample = _sample(asked, teacher, splits[split], given is not None, report)
     found = calibrate(asked.cache.codec, cast(Any, teacher.dtype), sample, given=given)
     return writer.create(
-        asked.cache.path,
+        path,
         described=described,
         splits=splits,
         statistics=found.statistics,
@@ -259,7 +266,7 @@ def _make_parts(
     mine = parts_of(plan, share)
     left = [part for part in mine if not _there(path, part)]
     check_room(path, plan, left)
-    tally = _Tally(plan, mine, left, report)
+    tally = _Tally(path, plan, mine, left, report)
     with PartMaker(path, teacher) as maker:
         in_work: deque[Future[Receipt | None]] = deque()
         leases: dict[Part, Lease] = {}
@@ -295,21 +302,24 @@ def _make_parts(
 
 
 class _Tally:
-    """What this process has made of its parts, told as it goes."""
+    """What has become of a process's parts, made by it and by others, told as it goes."""
 
     def __init__(
-        self, plan: Plan, mine: Sequence[Part], left: Sequence[Part], report: Reporter
+        self, path: Path, plan: Plan, mine: Sequence[Part], left: Sequence[Part], report: Reporter
     ) -> None:
-        self._total = sum(plan.part_windows(part) for part in mine)
-        self._begun = self._total - sum(plan.part_windows(part) for part in left)
+        self._path, self._plan, self._mine, self._report = path, plan, mine, report
+        self._total = self._windows(mine)
+        self._begun = self._total - self._windows(left)
         self._embedded = 0
-        self._report = report
-        self._since = time.monotonic()
+        self._by_others = 0
+        self._since = self._looked = time.monotonic()
         self.parts = 0
         self.windows = 0
 
     def embedded(self, part: Part, windows: int) -> None:
         self._embedded += windows
+        if time.monotonic() - self._looked > _LISTING_SECONDS:
+            self._look_around()
         self._tell("extracting", {"part": str(part)})
 
     def committed(self, receipt: Receipt | None) -> None:
@@ -320,13 +330,25 @@ class _Tally:
     def waiting_for(self, left: Sequence[Part], leases: Mapping[Part, Lease]) -> None:
         part = left[0]
         who = leases[part].holder if part in leases else "another process"
+        self._look_around()
         self._tell("waiting", {"for": f"{who} at {part}"})
 
+    def _look_around(self) -> None:
+        missing = set(integrity.missing_parts(self._path, self._plan))
+        there = self._windows(part for part in self._mine if part not in missing)
+        self._by_others = max(0, there - self._begun - self.windows)
+        self._looked = time.monotonic()
+
+    def _windows(self, parts: Iterable[Part]) -> int:
+        return sum(self._plan.part_windows(part) for part in parts)
+
     def _tell(self, what: str, facts: Mapping[str, str]) -> None:
+        done = self._begun + self._by_others + self._embedded
         self._report(
             Progress(
                 what=what,
-                done=self._begun + self._embedded,
+                # What is embedded and already there as well, made by others, counts once.
+                done=min(done, self._total),
                 begun=self._begun,
                 total=self._total,
                 unit="windows",
@@ -390,8 +412,8 @@ def check_room(path: Path, plan: Plan, parts: Sequence[Part]) -> None:
         )
 
 
-def _repair(path: Path, plan: Plan, report: Reporter) -> None:
-    """Take back the receipts of parts that are not what was written."""
+def _repair(path: Path, plan: Plan, plan_again: Callable[[Path], Plan], report: Reporter) -> None:
+    """Take back the receipts of parts that are not what was written; mend what was planned."""
     try:
         layout.read_manifest(path, plan)
     except CacheRefused:
@@ -401,6 +423,12 @@ def _repair(path: Path, plan: Plan, report: Reporter) -> None:
     # Our own lock lies in .work/ while a sealed cache, which has none, is being mended.
     problems = [problem for problem in found if problem.key.split("/")[0] != layout.WORK]
     parts, beyond = integrity.damaged_parts(plan, problems)
+    if any(integrity.is_planned(plan, problem) for problem in beyond):
+        _mend_planned(path, plan, plan_again)
+        found = integrity.verify(path, level="structure", report=report).problems
+        _, beyond = integrity.damaged_parts(
+            plan, [problem for problem in found if problem.key != layout.WORK]
+        )
     if beyond:
         raise CacheCorrupt(
             f"{path}: what extraction cannot mend is damaged too: "
@@ -408,6 +436,21 @@ def _repair(path: Path, plan: Plan, report: Reporter) -> None:
         )
     if parts:
         integrity.forget(path, parts)
+
+
+def _mend_planned(path: Path, plan: Plan, plan_again: Callable[[Path], Plan]) -> None:
+    """Put objects made at plan time, made once more, in the place of those that differ."""
+    aside = path / layout.WORK / "again"
+    remade = plan_again(aside)
+    if remade.id != plan.id:
+        raise CacheCorrupt(
+            f"{path}: what was made at plan time is damaged, and planning again gives another plan "
+            "(another kind of device, or other versions, calibrate otherwise); copy these objects "
+            "again, or repair where the cache was made"
+        )
+    integrity.restore_planned(path, plan, aside)
+    with storage(aside):
+        shutil.rmtree(aside)
 
 
 def summary(path: Path, *, made: int, windows: int, seconds: float) -> ExtractSummary:
