@@ -1,9 +1,9 @@
 """Normalised embeddings as a few bytes: turned to their principal components, each component coded
 with as many levels as it is worth.
 
-Learnt from a calibration sample. Every level stands for a little more than the mean of what is
-coded as it, so that decoded components lie on the line through the true ones: rounding that is
-right on average is learnt away by a student, a target that is drawn towards the mean is not.
+Learnt from a calibration sample. Levels are the means of what is coded as them, stretched until
+decoded components lie on the line through the true ones: rounding that is right on average is
+learnt away by a student, a target that is drawn towards the mean is not.
 
 What is stored must not depend on how many groups are coded at once, nor on the device, so encoding
 is exact until it compares: z and the rotation as whole numbers whose products add up in float64
@@ -45,6 +45,7 @@ _AT_ONCE = 1 << 22  # elements encoded in one go
 _SPREAD_FLOOR = 1e-3  # least variance of a component, as a share of the mean one
 _SHOWN = 1 << 15  # groups that levels are learnt from
 _ROUNDS = 40  # of Lloyd's algorithm
+_MOST_STRETCHED = 2.0
 _CLIPPED = 64.0  # stds: one mad value must not turn the axes
 _COVARIANCE_UNIT = 256.0
 # What is not coded at all is not learnt at all: worse than noise of the same size. Measured.
@@ -59,6 +60,8 @@ class Codebook:
     """(D, D): components are rows, from the largest."""
     spread: npt.NDArray[np.float32]
     """(D): a component's size in the calibration sample; what a scale is measured against."""
+    stretch: npt.NDArray[np.float32]
+    """(D): what a component is multiplied with before its nearest level is looked for."""
     level: npt.NDArray[np.float32]
     """(256, D): the component, by its scale, of a group whose byte `byte[d]` has such a value."""
     byte: npt.NDArray[np.uint16]
@@ -71,6 +74,7 @@ class Codebook:
         return {
             "rotation": ("float32", (channels, channels)),
             "spread": ("float32", (channels,)),
+            "stretch": ("float32", (channels,)),
             "level": ("float32", (256, channels)),
             "byte": ("uint16", (channels,)),
         }
@@ -97,15 +101,16 @@ class Codebook:
         floor = max(_SPREAD_FLOOR * float(size_D.mean()), 1e-30)
         spread = np.sqrt(np.maximum(size_D, floor)).astype(np.float32)
         y_ND = np.concatenate(shown)
-        scaled_DN = (y_ND / _scale(y_ND, spread.astype(np.float64))[:, None]).T.astype(np.float32)
+        scaled_DN = _scaled(y_ND, _scale(y_ND, spread.astype(np.float64))).T
         byte, count = _share_out(size_D, nbytes)
         level = np.zeros((256, channels), dtype=np.float32)
+        stretch = np.ones(channels, dtype=np.float32)
         radix = np.ones(nbytes, dtype=np.int64)
         for d in range(channels):
-            found = _levels(np.sort(scaled_DN[d]), int(count[d]))
+            found, stretch[d] = _levels(np.sort(scaled_DN[d]), int(count[d]))
             level[:, d] = found[np.arange(256) // radix[byte[d]] % len(found)]
             radix[byte[d]] *= len(found)
-        return Codebook(rotation=rotation, spread=spread, level=level, byte=byte)
+        return Codebook(rotation, spread, stretch, level, byte)
 
     def encode(self, z_ND: Array) -> tuple[Array, Array]:
         """Bytes (N, C) and float16 scale (N) of normalised embeddings; the same for any N."""
@@ -143,7 +148,8 @@ class Codebook:
         borders = []
         for d in range(channels):
             levels, digit = np.unique(self.level[:, d], return_inverse=True)
-            borders.append(((levels[1:].astype(np.float64) + levels[:-1]) / 2).astype(np.float32))
+            middle = (levels[1:].astype(np.float64) + levels[:-1]) / 2
+            borders.append((middle / self.stretch[d]).astype(np.float32))
             # Of a component with one level, nothing is written.
             radix[d] = int(np.argmax(digit.reshape(-1) == 1)) if len(levels) > 1 else 0
         above = np.full((channels, max(map(len, borders))), np.inf, dtype=np.float32)
@@ -188,9 +194,7 @@ class _Tables:
     def encode(self, z_ND: Array) -> tuple[Array, Array]:
         y_ND = _components(z_ND, self.turned)
         scale_N = _scale(y_ND, self.spread)
-        # By way of float32, as torch goes, so that both round alike.
-        scale_N = _cast(_cast(scale_N.clip(*_SCALES), "float32"), "float16")
-        y_ND = _cast(y_ND / _cast(scale_N, "float64")[:, None], "float32")
+        y_ND = _scaled(y_ND, scale_N)
         if isinstance(y_ND, np.ndarray):
             y_DN = np.ascontiguousarray(y_ND.T)
             code_CN = np.zeros((len(self.bytes), len(y_ND)), dtype=np.int64)
@@ -237,12 +241,17 @@ def _components(z_ND: Array, turned: Array) -> Array:
 
 
 def _scale(y_ND: Array, spread: Array) -> Array:
-    """How large a group is beside the calibration sample, component by component, in float64."""
+    """How large a group is beside the calibration sample, component by component, in float16."""
     w = y_ND / spread
     largest = _largest(w)
     square = ((w / largest[:, None] * _SQUARE_UNIT).round() ** 2).sum(-1)  # whole numbers: exact
     scale: Array = largest * ((square / w.shape[-1]) ** 0.5 / _SQUARE_UNIT)
-    return scale
+    # By way of float32, as torch goes, so that both round alike.
+    return _cast(_cast(scale.clip(*_SCALES), "float32"), "float16")
+
+
+def _scaled(y_ND: Array, scale_N: Array) -> Array:
+    return _cast(y_ND / _cast(scale_N, "float64")[:, None], "float32")
 
 
 def _largest(x_ND: Array) -> Array:
@@ -327,31 +336,24 @@ def _fill_byte(
         count[np.argmax(np.where(free, worth, -1.0))] += 1
 
 
-def _levels(value: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.float32]:
-    """At most `count` levels for ascending values, right on average; one level is zero."""
-    one = np.zeros(1, dtype=np.float32)
+def _levels(value: npt.NDArray[np.float32], count: int) -> tuple[npt.NDArray[np.float32], float]:
+    """At most `count` levels for ascending values, and how far they are stretched."""
+    none = np.zeros(1, dtype=np.float32), 1.0
     if count == 1 or value[0] == value[-1]:
-        return one
+        return none
     sums = np.concatenate([[0.0], np.cumsum(value, dtype=np.float64)])
     level = np.unique(value[((np.arange(count) + 0.5) / count * len(value)).astype(np.int64)])
     level = level.astype(np.float64)
-
-    def cells() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    for _ in range(_ROUNDS):
         edge = np.searchsorted(value, (level[1:] + level[:-1]) / 2)
         edge = np.concatenate([[0], edge, [len(value)]])
-        return np.diff(edge), np.diff(sums[edge])
-
-    for _ in range(_ROUNDS):
-        many, total = cells()
+        many, total = np.diff(edge), np.diff(sums[edge])
         level = np.where(many > 0, total / np.maximum(many, 1), level)
-    mean = float(sums[-1]) / len(value)
-    square = float(((value - mean).astype(np.float64) ** 2).sum())
-    for _ in range(4):  # stretching moves the borders between them a little
-        many, total = cells()
-        along = float(((level - mean) * (total - many * mean)).sum())
-        level = mean + (level - mean) * min(max(square / max(along, 1e-30), 1.0), 2.0)
-    found = np.unique(level.astype(np.float32))
-    return found if len(found) > 1 else one
+    along = float((level * total).sum())
+    stretch = float((value.astype(np.float64) ** 2).sum()) / max(along, 1e-30)
+    stretch = min(max(stretch, 1.0), _MOST_STRETCHED)
+    found = np.unique((level * stretch).astype(np.float32))
+    return (found, stretch) if len(found) > 1 else none
 
 
 # Either library

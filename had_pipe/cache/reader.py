@@ -55,7 +55,7 @@ Check = Literal["first", "always", "never"]
 """When a window's CRC is compared: the first time this process reads it, always, never."""
 
 _LARGEST_ATTRIBUTES = 1 << 20
-_POSITIVE = ("std", "spread")
+_POSITIVE = ("std", "spread", "stretch")
 _OPEN_PARTS = 128  # parts whose files and small arrays are kept at hand
 _ROWS_A_CALL = 512  # preadv takes at most IOV_MAX (1024) buffers, two a row
 
@@ -319,8 +319,8 @@ class Cache:
             )
         if not np.isfinite(values).all() or (name in _POSITIVE and not (values > 0).all()):
             raise CacheCorrupt(
-                f"{self.path}: {key} holds numbers that are no {name}: they must be finite, a "
-                f"{' or '.join(_POSITIVE)} positive; {_remedy(self.path)}"
+                f"{self.path}: {key} holds numbers that are no {name}: they must be finite, a std "
+                f"positive; {_remedy(self.path)}"
             )
         return values
 
