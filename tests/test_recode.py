@@ -298,7 +298,7 @@ def forking(call: str) -> list[Path]:
     return [Path(line) for line in done.stdout.split()]
 
 
-@pytest.mark.parametrize("step", [67, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [101, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["codec", "archive", "cache"])
 @pytest.mark.timeout(1200)
 def test_killed_at_any_moment_the_same_command_makes_the_same_bytes(
@@ -315,7 +315,7 @@ def test_killed_at_any_moment_the_same_command_makes_the_same_bytes(
     arguments = f"{str(source)!r}, {str(tmp_path / 'killed')!r}, {codec!r}, step={step}"
     made = forking(f"killed_before_every_change({arguments})")
 
-    assert len(made) > 100 // step
+    assert len(made) > 150 // step
     for path in made:
         assert tree(path) == sound
 
@@ -500,7 +500,7 @@ def test_an_archive_is_no_cache_and_says_how_to_get_one(archives: dict[str, Path
 def test_a_damaged_cache_is_not_archived(caches: dict[str, Path], tmp_path: Path) -> None:
     rng = np.random.default_rng(8)
     keys = sorted(set(tree(caches["bfloat16"])) - {"manifest.json"})
-    for number, key in enumerate(rng.permutation(keys)[:24]):
+    for number, key in enumerate(rng.permutation(keys)[:16]):
         source = Path(shutil.copytree(caches["bfloat16"], tmp_path / f"from{number}"))
         raw = bytearray((source / key).read_bytes())
         raw[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
@@ -512,7 +512,7 @@ def test_a_damaged_cache_is_not_archived(caches: dict[str, Path], tmp_path: Path
         assert not (tmp_path / f"to{number}" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("flips", [40, pytest.param(1_500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [30, pytest.param(1_500, marks=pytest.mark.slow)])
 def test_every_flipped_bit_of_an_archive_is_found_or_changes_nothing(
     few: Path, tmp_path: Path, flips: int
 ) -> None:
@@ -668,10 +668,13 @@ def test_a_bomb_is_refused_before_it_is_lit(
     assert len(bomb) < (packed / VALUE).stat().st_size
     put(packed, VALUE, bomb + table([(len(bomb), PAYLOAD)]))
 
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("inflated")
+    real = numcodecs.Zstd.decode
 
-    monkeypatch.setattr(numcodecs.Zstd, "decode", never)
+    def watched(codec: Any, frame: bytes, out: Any = None) -> Any:
+        assert bytes(frame) != bomb, "inflated"
+        return real(codec, frame, out)
+
+    monkeypatch.setattr(numcodecs.Zstd, "decode", watched)
     with pytest.raises(CacheCorrupt, match="says it holds None bytes"):
         recode(packed, tmp_path / "to")
 

@@ -23,7 +23,7 @@ from had_pipe.cache.layout import Part
 from had_pipe.cache.reader import Block, Cache, GroupLocus
 from had_pipe.progress import Progress, Reporter, silent
 
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 18
 """Values of each cache decoded in one go."""
 
 

@@ -57,7 +57,7 @@ _MAKING = "making"
 _SMALLEST_ARCHIVE = 0.6
 """An archive's least share of the cache: measured 0.66 for bfloat16, more for all else."""
 
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 18
 """Values decoded and encoded in one go."""
 
 
