@@ -26,7 +26,7 @@ import numpy.typing as npt
 from had_pipe.cache import Cache, Part, Plan, integrity, layout, writer
 from had_pipe.cache.layout import Receipt
 from had_pipe.dna.kmers import reverse_complement
-from had_pipe.durable import write_file
+from had_pipe.durable import storage, sync_folder, write_file
 from had_pipe.errors import CacheMismatch, NonFiniteError
 from had_pipe.hold import Lease
 from had_pipe.teachers.teacher import Teacher
@@ -81,6 +81,8 @@ class PartMaker:
     def __init__(self, cache: Path, teacher: Teacher, *, threads: int = 2) -> None:
         """Raises CacheMismatch where teacher or class of arithmetic are not the cache's."""
         self._cache = Cache.open(cache, incomplete=True)
+        with storage(cache):
+            sync_folder(cache)  # whoever just renamed the plan may not have come to it
         self.plan = self._cache.plan
         check_teacher_of(cache, self.plan, teacher)
         self._teacher = teacher
