@@ -283,7 +283,7 @@ def flip_bits(sample: Sample, count: int, *, seed: int, repairs: int) -> dict[st
         raw = bytearray(sample.files[key])
         raw[byte] ^= 1 << bit
         (sample.path / key).write_bytes(raw)
-        again = "shard" in kind or kind in ("receipt", layout.MANIFEST)
+        again = kind != layout.PLAN  # which says what a whole cache is: it can only be copied
         repair = again and number // len(places) % repairs == 0
         what = f"bit {bit} of byte {byte} of {key}"
         figures[kind].note(sample, what, {key}, repair=repair)
@@ -506,16 +506,65 @@ def keys_of(sample: Sample, part: layout.Part) -> list[str]:
     return [part.receipt_key, *(part.shard_key(signal) for signal in sample.plan.signals)]
 
 
-def test_what_extraction_cannot_mend_is_named_and_nothing_is_taken_back(sample: Sample) -> None:
-    """The plan's own arrays: copied again, or the cache made anew."""
-    chunk = "data.zarr/train/0/mask/c/0/0"
-    (sample.path / chunk).write_bytes(sample.files[chunk][:-1])
+PLANNED = (
+    "windows.parquet",
+    "data.zarr/zarr.json",
+    "data.zarr/statistics/embedding/std/c/0",
+    "data.zarr/train/kmer_id/c/1/0",
+    "data.zarr/valid/0/mask/c/0/0",
+    "data.zarr/train/1/embedding/value/zarr.json",
+)
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "unsealed"])
+def test_what_was_planned_is_planned_again_where_it_differs(sample: Sample, sealed: bool) -> None:
+    """And nothing else is touched; what is not sealed is then sealed."""
+    if not sealed:
+        (sample.path / layout.MANIFEST).unlink()
+    for key in PLANNED[1:]:
+        spoil(sample, key, sample.files[key][:-2])
+    (sample.path / PLANNED[0]).unlink()
+    whole = [key for key in sample.files if key not in (*PLANNED, layout.MANIFEST)]
+    before = {key: (sample.path / key).stat() for key in whole}
+
+    made = extract(sample.recipe, repair=True, teacher=NumpyTeacher())
+
+    assert made.parts_made == 0
+    assert tree(sample.path) == sample.files
+    for key, status in before.items():
+        now = (sample.path / key).stat()
+        assert (now.st_ino, now.st_mtime_ns) == (status.st_ino, status.st_mtime_ns), key
+
+
+class Recalibrated(NumpyTeacher):
+    """The same weights on another kind of device: other bits, so other statistics."""
+
+    def embed(self, *seen: Any) -> Any:
+        return super().embed(*seen) * np.float32(1 + 2**-20)
+
+
+def test_where_planning_again_gives_something_else_nothing_is_touched(sample: Sample) -> None:
+    key = "data.zarr/train/0/mask/c/0/0"
+    (sample.path / key).write_bytes(sample.files[key][:-1])
     (sample.path / sample.shards[0]).unlink()
-    before = tree(sample.path)
-    with pytest.raises(CacheCorrupt, match="train/0/mask/c/0/0"):
+    before = {key: raw for key, raw in tree(sample.path).items() if not key.startswith(".work")}
+    with pytest.raises(CacheCorrupt, match="planning again gives another plan"):
+        extract(sample.recipe, repair=True, teacher=Recalibrated())
+    after = {key: raw for key, raw in tree(sample.path).items() if not key.startswith(".work")}
+    assert after == before
+
+
+def test_a_folder_of_what_was_planned_behind_a_link_is_not_written_through(
+    sample: Sample,
+) -> None:
+    outside = sample.path.with_name("elsewhere")
+    shutil.move(sample.path / "data.zarr/train/0/mask", outside)
+    (outside / "c/0/0").write_bytes(b"mine")
+    (sample.path / "data.zarr/train/0/mask").symlink_to(outside)
+    before = tree(outside)
+    with pytest.raises(CacheCorrupt, match="a link"):
         extract(sample.recipe, repair=True, teacher=NumpyTeacher())
-    after = tree(sample.path)
-    assert {key for key in before if after.get(key) != before[key]} == set()
+    assert tree(outside) == before
 
 
 def test_a_folder_with_something_in_it_where_a_shard_belongs_is_left_to_its_owner(

@@ -615,14 +615,17 @@ def test_repairing_what_is_whole_changes_nothing(genome: Path, whole: Path) -> N
     assert {k: v for k, v in after.items() if k != "."} == before
 
 
-def test_damage_to_the_plans_own_arrays_is_not_hidden_by_repair(
-    genome: Path, tmp_path: Path
+def test_damage_to_the_plans_own_arrays_is_mended_by_repair_alone(
+    genome: Path, whole: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "cache"
+    """How, and when it cannot be: tests/test_damage.py."""
+    path, key = tmp_path / "cache", "data.zarr/train/0/mask/c/0/0"
     make(genome, path)
-    flip(path / "data.zarr/train/0/mask/c/0/0", 5)
-    with pytest.raises(CacheCorrupt, match="train/0/mask/c/0/0"):
-        extract(a_recipe(genome, path), repair=True, teacher=NumpyTeacher())
+    flip(path / key, 5)
+    assert make(genome, path).parts_made == 0
+    assert [problem.key for problem in integrity.verify(path).problems] == [key]
+    extract(a_recipe(genome, path), repair=True, teacher=NumpyTeacher())
+    assert_same_bytes(path, whole)
 
 
 # Killed
