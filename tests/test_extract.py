@@ -31,7 +31,6 @@ from test_corpus import TURNED, random_letters, write_fasta
 from had_pipe.cache import Cache, integrity, layout
 from had_pipe.cache.layout import Part
 from had_pipe.errors import (
-    CacheCorrupt,
     CacheMismatch,
     CacheRefused,
     Interrupted,
