@@ -10,7 +10,6 @@ W windows of a batch, T k-mers per window, G stored groups, D channels.
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections import deque
@@ -19,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +33,9 @@ from had_pipe.errors import (
     CacheRefused,
     Interrupted,
     NonFiniteError,
-    RecipeError,
     StorageError,
 )
-from had_pipe.hold import Lease
+from had_pipe.hold import Lease, Share
 from had_pipe.job import Job, check_same, check_teacher, describe, given_statistics
 from had_pipe.parts import (
     PartMaker,
@@ -57,28 +55,6 @@ _LOOK_SECONDS = 0.5  # between two looks at parts that others are making
 _LISTING_SECONDS = 5.0  # between two listings of all receipts, to tell how far everybody is
 _WAITING = 2
 """Parts embedded and not yet committed, before another is begun: memory, and what a kill costs."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """One of several jobs' part of the work: every `of`-th part, from `number`, counted from 1."""
-
-    number: int
-    of: int
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """From "3/8". Raises RecipeError."""
-        found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
-            raise RecipeError(
-                f"--share {text}: expected I/N with I from 1 to N, for example 3/8 for the third "
-                "of eight jobs"
-            )
-        return cls(int(found[1]), int(found[2]))
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.of}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Who may work on what: a folder for one process alone, or a lease on one piece of work.
+"""Who may work on what: a share of the work, one piece of it by a lease, or a folder by a lock.
 
 `held` is a lock that the system drops when its holder ends, however it ends. A `Lease` works on
 every file system that many machines share, where locks may be missing; it may be taken over, so
@@ -8,19 +8,44 @@ whatever it guards must bear being done twice.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from filelock import FileLock, SoftFileLease, Timeout
 
 from had_pipe.durable import make_folder, storage
-from had_pipe.errors import HeldError
+from had_pipe.errors import HeldError, RecipeError
 
 LEASE_SECONDS = 60.0
 """A lease is another's once its holder has not been heard of for so long; all must agree on it."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of several jobs' part of the work: every `of`-th part, from `number`, counted from 1."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From "3/8". Raises RecipeError."""
+        found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise RecipeError(
+                f"--share {text}: expected I/N with I from 1 to N, for example 3/8 for the third "
+                "of eight jobs"
+            )
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
 
 
 class Lease:

@@ -43,7 +43,7 @@ _PROBE_SECONDS = 5.0
 
 # What codecs are fitted to and tested on: about so many stored groups, and for fitting at least so
 # many times the channels, or what is measured says more of the sample than of the codec.
-_SAMPLED_GROUPS = 1 << 14
+_SAMPLED_GROUPS = 1 << 13
 _LEAST_GROUPS_A_CHANNEL = 8
 
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
@@ -130,7 +130,7 @@ def survey(
     windows = sum(count * views[name] for name, count in coverage.windows.items())
     batch = batch_windows(teacher, kmers=asked.windows.kmers, part=asked.cache.part)
     probe = _probe(asked, teacher, coverage.sample, batch, windows, report)
-    losses = _losses(probe.sample, teacher, given)
+    losses = _losses(probe.sample, teacher, given, report)
     files = len(expected_keys(plan)) + 1  # and the manifest
     costs = {name: _cost(outline, losses.get(name)) for name, outline in plans.items()}
     return Survey(
@@ -284,16 +284,29 @@ def _least_windows(stored: int, teacher: Teacher) -> int:
 
 
 def _losses(
-    sample_WGD: npt.NDArray[np.float32], teacher: Teacher, given: Statistics | None
+    sample_WGD: npt.NDArray[np.float32],
+    teacher: Teacher,
+    given: Statistics | None,
+    report: Reporter,
 ) -> dict[str, Mapping[str, float]]:
     """What every codec loses of embeddings it was not fitted to; empty where there are too few."""
     windows, stored, _ = sample_WGD.shape
     if windows < _least_windows(stored, teacher):
         return {}
-    return {
-        name: calibrate(name, cast(Any, teacher.dtype), sample_WGD, given=given).fidelity
-        for name in CODECS
-    }
+    begun = time.monotonic()
+    losses: dict[str, Mapping[str, float]] = {}
+    for name in CODECS:
+        losses[name] = calibrate(name, cast(Any, teacher.dtype), sample_WGD, given=given).fidelity
+        report(
+            Progress(
+                what="trying codecs",
+                done=len(losses),
+                total=len(CODECS),
+                unit="codecs",
+                seconds=time.monotonic() - begun,
+            )
+        )
+    return losses
 
 
 def _state(

@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cli": {
         "dna",  # inspect spells a k-mer
-        *{"errors", "progress", "durable", "recipe", "cache"},
+        *{"errors", "progress", "durable", "hold", "recipe", "cache"},
         *{"survey", "extract", "cluster", "audit", "distill", "run", "report"},
         "students",  # doctor says which kernel runs
     },

@@ -18,7 +18,6 @@ from had_pipe.cli.arguments import (
     DeviceOption,
     JsonOption,
     OfflineOption,
-    read_share,
 )
 from had_pipe.cli.shown import (
     answering,
@@ -260,12 +259,16 @@ def verify(
     and says how to mend it. The exit code is 4 where there is a problem, and for a cache that is
     not finished, or whose manifest did not arrive.
     """
-    mine = (1, 1) if share is None else read_share(share)
+    from had_pipe.hold import Share
+
+    mine = Share(1, 1) if share is None else Share.parse(share)
     from had_pipe.cache.integrity import verify as look
 
     begun = time.monotonic()
     with reporter() as report:
-        found = look(path, level=level.value, share=mine, threads=threads, report=report)
+        found = look(
+            path, level=level.value, share=(mine.number, mine.of), threads=threads, report=report
+        )
     seconds = time.monotonic() - begun
     if as_json:
         print_json(found)

@@ -16,7 +16,6 @@ from had_pipe.cli.arguments import (
     JsonOption,
     OfflineOption,
     RecipeArgument,
-    read_share,
 )
 from had_pipe.cli.shown import (
     answering,
@@ -219,7 +218,9 @@ def extract_teacher(
     """
     with _warned() as stopping:
         _check_one_way(share, workers, scheduler)
-        mine = None if share is None else read_share(share)
+        from had_pipe.hold import Share
+
+        mine = None if share is None else Share.parse(share)
         from had_pipe.recipe import read_recipe
 
         asked = read_recipe(recipe)
@@ -238,14 +239,14 @@ def extract_teacher(
                     report=report,
                 )
             else:
-                from had_pipe.extract import Share, extract
+                from had_pipe.extract import extract
 
                 made = extract(
                     asked,
                     device=device.value,
                     offline=offline,
                     repair=repair,
-                    share=Share(*mine) if mine else None,
+                    share=mine,
                     stopping=stopping,
                     report=report,
                 )
