@@ -153,6 +153,8 @@ def test_a_strangers_store_is_refused(name: str, opener: Opener) -> None:
     pattern = re.compile(expected)
     assert any(pattern.search(text) for text in said.values()), said
     assert all(len(text) < 20_000 for text in said.values())
+    # What cannot be opened is never called sound. (What a window holds is judged as it is read.)
+    assert "verify" in said or "inspect" not in said
 
 
 @pytest.mark.parametrize("name", strangers.HARMLESS)
@@ -308,7 +310,7 @@ def test_whatever_stands_in_a_json_file_only_our_errors_come_out(
         pytest.skip("an unsealed cache has none")
     if not sealed:
         (cache / "manifest.json").unlink()
-    fuzz(cache, key, rounds=150, seed=0)
+    fuzz(cache, key, rounds=100, seed=0)
 
 
 @pytest.mark.soak
@@ -379,7 +381,7 @@ json_values = st.recursive(
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data(), value=json_values)
 def test_any_value_at_any_place_of_a_plan_is_taken_or_refused(
@@ -410,7 +412,7 @@ def test_any_value_at_any_place_of_a_plan_is_taken_or_refused(
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(seed=st.integers(0, 2**32))
 def test_a_window_table_with_any_change_is_read_as_it_was_or_refused(
