@@ -11,6 +11,8 @@ from pathlib import Path
 
 from small_cache import build_cache
 
+from had_pipe.cache.codec import CodecName
+
 
 def make_golden(folder: Path) -> None:
     build_cache(folder / "int8", windows=5, valid=2, kmers=8, channels=6, part=3, views=2)
@@ -26,6 +28,18 @@ def make_golden(folder: Path) -> None:
         store="all",
         seed=3,
     )
+    learnt: tuple[CodecName, ...] = ("compact", "tiny")
+    for codec in learnt:
+        build_cache(
+            folder / codec,
+            windows=5,
+            valid=2,
+            kmers=8,
+            channels=16,
+            part=3,
+            codec=codec,
+            seed=5,
+        )
 
 
 if __name__ == "__main__":

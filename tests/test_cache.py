@@ -36,6 +36,8 @@ Rows = npt.NDArray[np.int64]
 CACHES: Mapping[str, Mapping[str, Any]] = {
     "int8": {"views": 2},
     "int8-masked": {"store": "masked"},
+    "compact": {"codec": "compact"},
+    "tiny": {"codec": "tiny", "dtype": "bfloat16", "views": 2},
     "float32": {"codec": "exact", "store": "all"},
     "float16": {"codec": "exact", "dtype": "float16", "views": 2},
     "bfloat16": {"codec": "exact", "dtype": "bfloat16"},
@@ -179,8 +181,9 @@ def test_a_shard_is_what_the_page_says_byte_by_byte(kind: str, caches: Mapping[s
     root = caches[kind]
     plan = json.loads((root / "plan.json").read_bytes())
     groups, channels = plan["windows"]["stored"], plan["teacher"]["channels"]
-    if plan["codec"] == "int8":
-        signals = {"value": groups * channels, "scale": groups * 2}
+    if plan["codec"] != "exact":
+        value = {"int8": channels, "compact": channels // 2 - 2, "tiny": 1}[plan["codec"]]
+        signals = {"value": groups * value, "scale": groups * 2}
     else:
         signals = {"value": groups * channels * (4 if kind == "float32" else 2)}
     for split, of_split in plan["splits"].items():
@@ -238,7 +241,10 @@ def test_ids_and_digests_are_those_the_page_describes(
     names = ("split", "window", "genome", "contig", "start", "soft_masked_bases", "index")
     lines = "".join("\t".join(str(row[name]) for name in names) + "\n" for row in table)
     found = {"windows": hashlib.sha256(lines.encode()).hexdigest()}
-    arrays = ["statistics/embedding/mean", "statistics/embedding/std"]
+    statistics = ["mean", "std"]
+    if plan["codec"] in ("compact", "tiny"):
+        statistics += ["rotation", "spread", "stretch", "level", "byte"]
+    arrays = [f"statistics/embedding/{name}" for name in statistics]
     for split, of_split in plan["splits"].items():
         arrays.append(f"{split}/kmer_id")
         for view in of_split["views"]:

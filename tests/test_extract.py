@@ -1010,7 +1010,7 @@ def told_of(recipe: Recipe, teacher: NumpyTeacher) -> Any:
         return survey(recipe)
 
 
-@pytest.mark.parametrize("codec", ["int8", "exact"])
+@pytest.mark.parametrize("codec", ["int8", "exact", "compact", "tiny"])
 def test_what_is_told_beforehand_is_what_is_made(genome: Path, tmp_path: Path, codec: str) -> None:
     path = tmp_path / "cache"
     recipe = a_recipe(genome, path, cache={"codec": codec})
