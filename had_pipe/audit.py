@@ -36,6 +36,9 @@ bfloat16 arithmetic moves a group by about one part in a hundred; the limit allo
 _OWN = 1.25
 """What is taken off for the codec's own error of a group: near a border it rounds either way."""
 
+_MOSTLY = 0.9
+"""So many windows of equal bytes show that those here are made as those there were."""
+
 _SOURCE_ERROR: Mapping[str, float] = {"exact": 0.0, "int8": 0.05, "compact": 0.35, "tiny": 0.8}
 """Of a recoded cache: what its source's codec may have lost of a group, as a share of its norm."""
 
@@ -72,7 +75,7 @@ class Audit:
     """The class of arithmetic of this audit, and of the cache."""
     there: Mapping[str, str | int]
     bytes_expected: bool
-    """Whether every window had to be of equal bytes: one class, and most of them were."""
+    """Whether every window had to be of equal bytes: of one class, and nine in ten were."""
     equal_windows: int
     """Of equal bytes."""
     limit: float
@@ -139,7 +142,9 @@ def audit(
         # Among other windows the same one may come out otherwise: asked again as it was made.
         seen = [one if one.equal else again.as_made(one.place) for one in seen]
     equal = sum(one.equal for one in seen)
-    bytes_expected = one_class and 2 * equal >= len(seen)
+    # Another processor, or number of threads, may move last bits within a class; then it does so
+    # in most windows, and none is accused of it.
+    bytes_expected = one_class and equal >= _MOSTLY * len(seen)
     limit = min(LIMITS[plan.teacher.dtype], LIMITS[teacher.dtype])
     failures = []
     for one in sorted(seen, key=lambda one: one.place):

@@ -341,6 +341,27 @@ def test_a_window_is_judged_among_those_it_was_embedded_with(
     assert (found.passed, found.equal_windows) == (True, 64)
 
 
+def test_last_bits_that_move_in_many_windows_accuse_none(tmp_path: Path) -> None:
+    """As another processor's may within one class; one window that moved alone would be accused."""
+
+    class Another(NumpyTeacher):
+        def embed(
+            self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_]
+        ) -> Any:
+            emb = super().embed(kmer_id_WT, hidden_WT)
+            some = kmer_id_WT.sum(axis=1, dtype=np.int64) % 4 == 0
+            emb[some] = np.nextafter(emb[some], np.float32(np.inf))
+            return emb
+
+    path = tmp_path / "cache"
+    extract(a_recipe(tmp_path, path, codec="exact"), teacher=NumpyTeacher())
+
+    found = audit(path, Another(), windows=ALL)
+
+    assert (found.passed, found.bytes_expected) == (True, False)
+    assert 0.5 < found.equal_windows / found.windows < 0.9
+
+
 # Around it
 
 

@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -272,8 +273,9 @@ def in_a_fork(source: str, target: Path, codec: str | None, *, die_after: int) -
     sys.addaudithook(hook)
     try:
         recode(Path(source), target, codec=codec)
-    except BaseException as error:
-        print(f"the child failed: {error!r}", file=sys.stderr, flush=True)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
         os._exit(1)
     os._exit(0)
 
@@ -701,3 +703,64 @@ def test_any_payload_comes_back(windows: int, nbytes: int, itemsize: int, seed: 
     payload = np.random.default_rng(seed).integers(0, 4, (windows, nbytes * itemsize), np.uint8)
     frame = archive._deflate(payload, itemsize)
     assert archive._inflate(frame, payload.shape, itemsize).tobytes() == payload.tobytes()
+
+
+# Damage to what was made
+
+
+@pytest.mark.parametrize("form", ["codec", "archive", "cache"])
+def test_repair_makes_again_what_is_damaged_and_nothing_else(
+    few: Path, tmp_path: Path, form: str
+) -> None:
+    source, codec = few, {"codec": "tiny", "archive": "archive", "cache": None}[form]
+    if form == "cache":
+        source = tmp_path / "archive"
+        recode(few, source, codec="archive")
+    target = tmp_path / "to"
+    recode(source, target, codec=codec)
+    sound = tree(target)
+    value = "data.zarr/train/0/embedding/value/c/{}/0/0"
+    for key in (value.format(1), "parts/valid/0/00000.json"):
+        raw = bytearray((target / key).read_bytes())
+        raw[len(raw) // 2] ^= 1
+        (target / key).write_bytes(raw)
+    (target / value.format(0)).unlink()
+    if form != "codec":
+        (target / "windows.parquet").write_bytes(b"PAR1")
+
+    made = recode(source, target, codec=codec, repair=True)
+
+    assert tree(target) == sound
+    assert made.made == {"codec": 3, "archive": 4, "cache": 4}[form]
+    again = recode(source, target, codec=codec, repair=True)
+    assert (again.made, again.cache_id) == (0, made.cache_id)
+    assert tree(target) == sound
+
+
+def test_what_repair_cannot_mend_and_what_is_not_its_own_is_refused(
+    caches: dict[str, Path], few: Path, tmp_path: Path
+) -> None:
+    recode(few, tmp_path / "to", codec="int8")
+    (tmp_path / "to" / "windows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(CacheCorrupt, match=r"windows\.parquet.*recode to another target"):
+        recode(few, tmp_path / "to", codec="int8", repair=True)
+
+    for number, codec in enumerate(("int8", "archive")):
+        other = Path(shutil.copytree(caches["int8"], tmp_path / f"other{number}"))
+        before = tree(other)
+        with pytest.raises(CacheMismatch, match="use another target"):
+            recode(few, other, codec=codec, repair=True)
+        assert tree(other) == before
+
+
+def test_verify_names_the_command_that_heals_a_recoded_cache(few: Path, tmp_path: Path) -> None:
+    target = tmp_path / "to"
+    recode(few, target, codec="int8")
+    key = "data.zarr/train/0/embedding/value/c/1/0/0"
+    (target / key).write_bytes(bytes(len((target / key).read_bytes())))
+
+    (problem,) = integrity.verify(target).problems
+
+    assert problem.key == key
+    assert f"`had-pipe cache recode SOURCE {target} --codec int8 --repair`" in problem.remedy
+    assert "extract-teacher" not in problem.remedy

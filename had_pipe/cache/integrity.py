@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -294,7 +294,7 @@ def verify(
         parts=sum(part.receipt_key in seen for part in parts),
         objects=len(chosen),
         nbytes=hashed,
-        problems=tuple(unique[place] for place in sorted(unique)),
+        problems=tuple(_healable(cache, plan, unique[place]) for place in sorted(unique)),
     )
 
 
@@ -636,6 +636,15 @@ def _remedy(key: str) -> str:
     if of_part or key.startswith(f"{RECEIPTS}/"):
         return "`had-pipe extract-teacher RECIPE --repair` makes this part again; or copy it again"
     return "`had-pipe extract-teacher RECIPE --repair` plans it again; or copy it again"
+
+
+def _healable(cache: Path, plan: Plan, problem: Problem) -> Problem:
+    """No teacher makes a recoded cache again, but its source does."""
+    if plan.source is None:
+        return problem
+    command = f"`had-pipe cache recode SOURCE {cache} --codec {plan.codec} --repair`"
+    by_teacher = "`had-pipe extract-teacher RECIPE --repair`"
+    return replace(problem, remedy=problem.remedy.replace(by_teacher, command))
 
 
 _AGAIN = "copy the cache again"

@@ -12,7 +12,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,33 +94,39 @@ class Recoded:
 
 
 def recode(
-    source: Path, target: Path, *, codec: str | None = None, report: Reporter = silent
+    source: Path,
+    target: Path,
+    *,
+    codec: str | None = None,
+    repair: bool = False,
+    report: Reporter = silent,
 ) -> Recoded:
     """Make a cache of another codec, an archive of a cache, or the cache of an archive.
 
     `codec` is one of `TARGETS`; an archive as source is unpacked as it was, whatever its codec, so
-    none is given. Nothing is done where the target is there already. Raises CacheRefused,
-    CacheCorrupt, CacheIncomplete or CacheMismatch, and StorageError where the disk is full.
+    none is given. Nothing is done where the target is there already; with `repair` all of it is
+    hashed, and what is not what was written is made again. Raises CacheRefused, CacheCorrupt,
+    CacheIncomplete or CacheMismatch, and StorageError where the disk is full.
     """
     begun = time.monotonic()
     _check_apart(source, target)
     if (source / ARCHIVE).exists():
-        return _unpack(source, target, codec, begun, report)
+        return _unpack(source, target, codec, repair, begun, report)
     if codec not in TARGETS:
         raise RecipeError(f"--codec {codec}: expected one of {', '.join(TARGETS)}")
     if codec == "archive":
-        return _pack(source, target, begun, report)
-    return _recode(Cache.open(source), target, cast(CodecName, codec), begun, report)
+        return _pack(source, target, repair, begun, report)
+    return _recode(Cache.open(source), target, cast(CodecName, codec), repair, begun, report)
 
 
 # The archival form
 
 
-def _pack(source: Path, target: Path, begun: float, report: Reporter) -> Recoded:
+def _pack(source: Path, target: Path, repair: bool, begun: float, report: Reporter) -> Recoded:
     opened = Cache.open(source)
-    if (target / MANIFEST).exists():
-        if not (target / ARCHIVE).exists():
-            raise _other(target, "a finished cache", f"the archive of {source}")
+    if (target / MANIFEST).exists() and not (target / ARCHIVE).exists():
+        raise _other(target, "a finished cache", f"the archive of {source}")
+    if (target / MANIFEST).exists() and not repair:
         index, _, manifest = archive.read(target)
         if index.cache != opened.id:
             raise _other(target, f"the archive of cache {index.cache[:12]}...", f"of {source}")
@@ -129,7 +135,7 @@ def _pack(source: Path, target: Path, begun: float, report: Reporter) -> Recoded
         )
         _tidy(target)
     else:
-        with _target(target, f"archive of {opened.id}"):
+        with _target(target, f"archive of {opened.id}", lambda plan: plan == opened.plan):
             files = opened.plan.part_count * (len(opened.plan.signals) + 1)
             _check_room(target, int(opened.nbytes * _SMALLEST_ARCHIVE) - _nbytes(target), files)
             moved = archive.pack(source, target, report=report)
@@ -151,7 +157,12 @@ def _pack(source: Path, target: Path, begun: float, report: Reporter) -> Recoded
 
 
 def _unpack(
-    source: Path, target: Path, codec: str | None, begun: float, report: Reporter
+    source: Path,
+    target: Path,
+    codec: str | None,
+    repair: bool,
+    begun: float,
+    report: Reporter,
 ) -> Recoded:
     index, plan, manifest = archive.read(source)
     if codec not in (None, plan.codec):
@@ -161,13 +172,13 @@ def _unpack(
         )
     whole = sum(record.nbytes for record in manifest.objects.values())
     packed = archive.nbytes(index, manifest)
-    if (target / MANIFEST).exists():
+    if (target / MANIFEST).exists() and not repair:
         if Cache.open(target).id != index.cache:
             raise _other(target, "another cache", f"that of {source}")
         moved = archive.Moved(made=0, total=len(manifest.objects) - 1, nbytes=whole)
         _tidy(target)
     else:
-        with _target(target, f"cache {index.cache}"):
+        with _target(target, f"cache {index.cache}", lambda there: there == plan):
             _check_room(target, whole - _nbytes(target), len(manifest.objects))
             moved = archive.unpack(source, target, report=report)
             integrity.clear_work(target)
@@ -191,24 +202,30 @@ def _unpack(
 
 
 def _recode(
-    source: Cache, target: Path, name: CodecName, begun: float, report: Reporter
+    source: Cache, target: Path, name: CodecName, repair: bool, begun: float, report: Reporter
 ) -> Recoded:
     if name == source.plan.codec:
         raise RecipeError(f"--codec {name}: {source.path} is {name} already; copy the folder")
     wanted = SourcePlan(cache=source.id, codec=source.plan.codec)
     made = 0
-    if (target / MANIFEST).exists():
+
+    def ours(plan: Plan) -> bool:
+        return (plan.source, plan.codec) == (wanted, name)
+
+    if (target / MANIFEST).exists() and not repair:
         plan = Cache.open(target).plan
-        if (plan.source, plan.codec) != (wanted, name):
+        if not ours(plan):
             raise _other(target, "another cache", f"{source.path} as {name}")
         _tidy(target)
     else:
-        with _target(target, f"{name} of {source.id}"):
+        with _target(target, f"{name} of {source.id}", ours):
             for leftover in (target / WORK).glob("*.tmp"):
                 with storage(leftover):
                     leftover.unlink()
             if (target / PLAN).exists():
                 plan, _ = read_plan(target)
+                if repair:
+                    _forget_damaged(target, plan, report)
             else:
                 plan = _make_plan(source, target, name, wanted)
             parts = integrity.missing_parts(target, plan)
@@ -232,6 +249,19 @@ def _recode(
         seconds=time.monotonic() - begun,
         fidelity=opened.fidelity,
     )
+
+
+def _forget_damaged(target: Path, plan: Plan, report: Reporter) -> None:
+    """Take back the receipts of parts that are not what was written."""
+    found = integrity.verify(target, report=report).problems
+    problems = [problem for problem in found if problem.key.split("/")[0] != WORK]
+    parts, beyond = integrity.damaged_parts(plan, problems)
+    if beyond:
+        raise CacheCorrupt(
+            f"{target}: what was written first is damaged too: {beyond[0]}; recode to another "
+            "target"
+        )
+    integrity.forget(target, parts)
 
 
 def _make_plan(source: Cache, target: Path, name: CodecName, wanted: SourcePlan) -> Plan:
@@ -418,14 +448,25 @@ def _check_apart(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _target(target: Path, making: str) -> Iterator[None]:
-    """Hold a folder that is free, or that a stopped call for the same has begun."""
+def _target(target: Path, making: str, ours: Callable[[Plan], bool]) -> Iterator[None]:
+    """Hold a folder that is free, or that a stopped call for the same has begun.
+
+    One that is finished, and by its plan `ours`, is to be mended: its manifest goes, to be written
+    again at the end.
+    """
     note = target / WORK / _MAKING
-    _check_free(target, making)
-    with held(target, lock=f"{WORK}/lock", doing="recoding into this folder"):
+    finished = (target / MANIFEST).exists()
+    if finished and not ours(read_plan(target, archived=True)[0]):
+        raise _other(target, "another cache", making)
+    if not finished:
         _check_free(target, making)
+    with held(target, lock=f"{WORK}/lock", doing="recoding into this folder"):
+        if not finished:
+            _check_free(target, making)
         if not note.exists():
             write_file(note, f"{making}\n".encode(), aside=note.parent)
+        if finished:
+            integrity.forget(target, ())
         yield
 
 

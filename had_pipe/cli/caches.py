@@ -515,6 +515,9 @@ def recode(
             help="A codec as in [cache] codec, or archive; of an archive as SOURCE none.",
         ),
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Check a finished TARGET; make what is damaged again.")
+    ] = False,
 ) -> None:
     """Make another cache of a cache, without the teacher.
 
@@ -526,7 +529,7 @@ def recode(
     from had_pipe.cache.recode import recode as make
 
     with reporter() as report:
-        made = make(source, target, codec=codec, report=report)
+        made = make(source, target, codec=codec, repair=repair, report=report)
     things = "object" if made.codec == "archive" or made.fidelity is None else "part"
     if made.made:
         done = f"{count(made.made, things)} of {made.total:,} in {duration(made.seconds)}"
