@@ -339,7 +339,7 @@ def test_no_part_that_is_there_is_made_again(
     plan, _ = layout.read_plan(tmp_path / "to")
     missing = integrity.missing_parts(tmp_path / "to", plan)
     assert missing == [layout.Part("valid", 0, 0)]
-    with pytest.raises(CacheIncomplete):
+    with pytest.raises(CacheIncomplete, match="same `had-pipe cache recode` command again"):
         Cache.open(tmp_path / "to")
     shutil.copy(caches["float32"] / held_out, source / held_out)
     assert recode(source, tmp_path / "to", codec="int8").made == 1

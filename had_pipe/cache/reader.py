@@ -129,9 +129,10 @@ class Cache:
         manifest = read_manifest(path, plan)
         if manifest is None and not incomplete:
             found = sum(len(files) for _, _, files in os.walk(path / RECEIPTS))
+            made_by = "extract-teacher" if plan.source is None else "cache recode"
             raise CacheIncomplete(
                 f"{path}: not finished: {found:,} of {plan.part_count:,} parts are there and no "
-                "manifest. Run the same `had-pipe extract-teacher` command again to finish it"
+                f"manifest. Run the same `had-pipe {made_by}` command again to finish it"
             )
         if manifest is not None:
             _agree(path, manifest, plan)
