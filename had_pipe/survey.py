@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -24,7 +25,7 @@ from had_pipe.cache.codec import CodecName, calibrate
 from had_pipe.cache.reader import expected_keys
 from had_pipe.dna.windows import REST
 from had_pipe.durable import free_files, free_nbytes
-from had_pipe.errors import CacheMismatch, NonFiniteError
+from had_pipe.errors import CacheMismatch, NonFiniteError, RecipeError
 from had_pipe.extract import check_free_for_us
 from had_pipe.job import (
     Job,
@@ -124,13 +125,16 @@ def survey(
     )
     coverage = corpus.survey_windows(references, asked.windows, sample=wanted)
     given = given_statistics(asked, teacher)
-    plans = {codec: _outline(asked, references, coverage, teacher, codec) for codec in CODECS}
-    plan = plans[asked.cache.codec]
+    plan = _outline(asked, references, coverage, teacher, asked.cache.codec)
+    plans = {asked.cache.codec: plan}
+    for codec in CODECS:
+        with suppress(RecipeError):  # too many channels for it, or too long a window
+            plans[codec] = _outline(asked, references, coverage, teacher, codec)
     views = {name: len(split.views) for name, split in plan.splits.items()}
     windows = sum(count * views[name] for name, count in coverage.windows.items())
     batch = batch_windows(teacher, kmers=asked.windows.kmers, part=asked.cache.part)
     probe = _probe(asked, teacher, coverage.sample, batch, windows, report)
-    losses = _losses(probe.sample, teacher, given, report)
+    losses = _losses(probe.sample, list(plans), teacher, given, report)
     files = len(expected_keys(plan)) + 1  # and the manifest
     costs = {name: _cost(outline, losses.get(name)) for name, outline in plans.items()}
     return Survey(
@@ -175,7 +179,7 @@ def _outline(
 ) -> Plan:
     """The plan that extraction would write, without the digests of what it has yet to make."""
     views = {name: asked.windows.views if name == REST else 1 for name in coverage.windows}
-    return Plan.model_validate(
+    return Plan.new(
         {
             **describe(asked, references, teacher),
             "codec": codec,
@@ -285,6 +289,7 @@ def _least_windows(stored: int, teacher: Teacher) -> int:
 
 def _losses(
     sample_WGD: npt.NDArray[np.float32],
+    codecs: Sequence[CodecName],
     teacher: Teacher,
     given: Statistics | None,
     report: Reporter,
@@ -295,13 +300,13 @@ def _losses(
         return {}
     begun = time.monotonic()
     losses: dict[str, Mapping[str, float]] = {}
-    for name in CODECS:
+    for name in codecs:
         losses[name] = calibrate(name, cast(Any, teacher.dtype), sample_WGD, given=given).fidelity
         report(
             Progress(
                 what="trying codecs",
                 done=len(losses),
-                total=len(CODECS),
+                total=len(codecs),
                 unit="codecs",
                 seconds=time.monotonic() - begun,
             )

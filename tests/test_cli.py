@@ -481,12 +481,19 @@ def test_plan_tells_everything_and_writes_nothing(stage_one: Path) -> None:
     result = had_pipe("plan", stage_one, "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert sorted(stage_one.parent.iterdir()) == before
-    for said in ("25", "12", "small", "Apache-2.0", "int8", "exact", "free"):
+    for said in (
+        *("25", "12", "small", "int8", "exact", "free"),
+        "Apache-2.0: any use, commercial too",
+        "int8               130",  # bytes of 128 channels and a scale
+        "what they lose is not known: 1,",
+    ):
         assert said in result.stdout, result.stdout
     assert f"next  had-pipe extract-teacher {stage_one}" in result.stdout
     told = had_pipe("plan", stage_one, "--device", "cpu", "--json")
     assert told.exit_code == 0
-    assert isinstance(json.loads(told.stdout), dict)
+    found = json.loads(told.stdout)
+    assert found["codecs"]["int8"]["group_nbytes"] == 130
+    assert found["codecs"]["int8"]["fidelity"] is None
 
 
 def test_stage_one_makes_a_cache_once_and_stage_two_takes_it(stage_one: Path) -> None:
@@ -520,6 +527,18 @@ def test_repair_makes_again_what_a_flipped_byte_spoilt(stage_one: Path) -> None:
     assert mended.exit_code == 0, mended.output
     assert shard.read_bytes() == sound
     assert had_pipe("cache", "verify", cache).exit_code == 0
+
+
+@pytest.mark.slow
+def test_workers_make_the_cache_that_one_process_makes(stage_one: Path) -> None:
+    cache = stage_one.parent / "cache"
+    made = in_a_process("extract-teacher", stage_one, "--device", "cpu", "--workers", "2")
+    assert made.returncode == 0, made.stderr
+    assert f"next  had-pipe distill {stage_one}" in made.stdout
+    id_of_workers = json.loads(had_pipe("cache", "inspect", cache, "--json").stdout)["id"]
+    shutil.rmtree(cache)
+    assert in_a_process("extract-teacher", stage_one, "--device", "cpu").returncode == 0
+    assert json.loads(had_pipe("cache", "inspect", cache, "--json").stdout)["id"] == id_of_workers
 
 
 def test_an_audit_holds_a_cache_against_its_teacher(stage_one: Path) -> None:

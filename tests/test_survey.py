@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from numpy_teacher import CHANNELS, NumpyTeacher
 from test_corpus import random_letters, write_fasta
 
 from had_pipe import survey
 from had_pipe.cache import Cache
-from had_pipe.errors import NonFiniteError
+from had_pipe.cache.codebook import MOST_CHANNELS
+from had_pipe.errors import NonFiniteError, RecipeError
 from had_pipe.extract import extract
 from had_pipe.recipe import Recipe
 from had_pipe.survey import Survey
@@ -93,6 +96,24 @@ def test_what_codecs_lose_is_what_the_finished_cache_says_it_lost(
         if codec == "exact":
             assert cost.fidelity["relative"] == 0
         assert 1 - cost.fidelity["worst_cosine"] <= 5 * (1 - made.fidelity["worst_cosine"]) + 1e-12
+
+
+def test_a_codec_that_cannot_hold_the_teacher_is_not_offered(
+    genome: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(kw_only=True)
+    class Wide(NumpyTeacher):
+        channels: int = MOST_CHANNELS + 1
+
+        def embed(
+            self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_]
+        ) -> Any:
+            return np.zeros((*kmer_id_WT.shape, self.channels), dtype=np.float32)
+
+    found = told_by(Wide(), a_recipe(genome, tmp_path / "none"), monkeypatch, seconds=0.0)
+    assert list(found.codecs) == ["exact", "int8"]
+    with pytest.raises(RecipeError, match="no cache can be made of this recipe"):
+        told_by(Wide(), a_recipe(genome, tmp_path / "none", codec="tiny"), monkeypatch, seconds=0.0)
 
 
 def test_too_few_groups_say_nothing_of_codecs(
