@@ -119,7 +119,7 @@ def test_the_command_line_is_the_documented_one_and_no_more() -> None:
         "verify": {"--level", "--share", "--threads", "--json"},
         "audit": {"--windows", "--seed", "--device", "--offline", "--json"},
         "compare": {"--json"},
-        "recode": {"--codec"},
+        "recode": {"--codec", "--repair"},
     }
 
 
