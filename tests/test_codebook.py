@@ -21,7 +21,7 @@ from small_cache import build_cache
 
 from had_pipe.cache import Cache, Codec, Statistics, codebook
 from had_pipe.cache.codebook import Codebook
-from had_pipe.cache.codec import code_nbytes, fidelity
+from had_pipe.cache.codec import calibrate, code_nbytes, fidelity
 from had_pipe.errors import CacheCorrupt, RecipeError
 
 Floats = npt.NDArray[np.float32]
@@ -229,9 +229,25 @@ def test_a_teacher_that_says_one_thing_only_is_stored_as_that() -> None:
     statistics = Statistics.of(sample)
     codec = Codec.fit("tiny", "float32", statistics, sample)
 
-    stored = codec.encode(sample, statistics.mean, statistics.std)
+    for array in (np.asarray, torch.from_numpy):
+        mean, std = array(statistics.mean), array(statistics.std)
+        stored = codec.encode(array(sample), mean, std)
+        assert (np.asarray(codec.decode(*stored, mean, std)) == 2).all()
 
-    assert (codec.decode(*stored, statistics.mean, statistics.std) == 2).all()
+
+def test_given_statistics_are_kept_and_the_codec_measured_on_windows_it_has_not_seen() -> None:
+    sample = correlated(11, 60 * 40, 32).reshape(60, 40, 32)
+    given_to = Statistics(np.full(32, 0.5, np.float32), np.full(32, 2.0, np.float32))
+
+    found = calibrate("tiny", "float32", sample, given=given_to)
+
+    assert found.statistics is given_to
+    known, tested = sample[:45], sample[45:]
+    alone = Codec.fit("tiny", "float32", given_to, known)
+    stored = alone.encode(tested, given_to.mean, given_to.std)
+    decoded = alone.decode(*stored, given_to.mean, given_to.std)
+    assert found.fidelity == fidelity(tested, decoded)
+    assert found.fidelity["groups"] == 15 * 40
 
 
 def test_a_group_larger_than_all_others_keeps_its_direction() -> None:

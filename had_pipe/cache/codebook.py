@@ -90,13 +90,14 @@ class Codebook:
         channels = sample_ND.shape[1]
         assert 0 < nbytes <= channels <= MOST_CHANNELS
         rotation = _principal(sample_ND)
+        turned = _turned(rotation)
         every = -(-len(sample_ND) // _SHOWN)
         size_D = np.zeros(channels)
         shown = []
-        for first in _blocks(sample_ND):
-            y = _components(sample_ND[first], _turned(rotation))
+        for block in _blocks(sample_ND):
+            y = _components(sample_ND[block], turned)
             size_D += (y**2).sum(axis=0)
-            shown.append(y[(-first.start) % every :: every])
+            shown.append(y[(-block.start) % every :: every])
         size_D /= len(sample_ND)
         floor = max(_SPREAD_FLOOR * float(size_D.mean()), 1e-30)
         spread = np.sqrt(np.maximum(size_D, floor)).astype(np.float32)
