@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_cache import build_cache
 
-from had_pipe.cache import Cache, integrity, layout
+from had_pipe.cache import Cache, integrity, layout, reader
 from had_pipe.errors import CacheCorrupt, CacheError, CacheRefused, HadPipeError
 
 MOST_NBYTES = 64 << 20
@@ -260,6 +260,18 @@ def test_a_file_that_changes_its_length_meanwhile_is_noticed(
     else:
         with pytest.raises(CacheCorrupt, match="mask/c/1/0"):
             opened.read("train", 0, np.arange(6), opened.allocate(6))
+
+
+def test_open_parts_hold_no_more_memory_together_than_is_meant(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's parts may be as large as the format allows, and there may be many."""
+    monkeypatch.setattr(reader, "_OPEN_NBYTES", 1)
+    opened = Cache.open(cache)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for row in (0, 3, 0, 5):
+        opened.read("train", 0, np.array([row]), opened.allocate(1))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 1  # the shard of one part
 
 
 # -- fuzz ------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ Check = Literal["first", "always", "never"]
 _LARGEST_ATTRIBUTES = 1 << 20
 _POSITIVE = ("std", "spread", "stretch")
 _OPEN_PARTS = 128  # parts whose files and small arrays are kept at hand
+_OPEN_NBYTES = 1 << 30  # and what these arrays may hold together
 _ROWS_A_CALL = 512  # preadv takes at most IOV_MAX (1024) buffers, two a row
 
 
@@ -113,6 +114,9 @@ class Cache:
         self._parts: OrderedDict[Part, _OpenPart] = OrderedDict()
         self._checked: dict[Part, npt.NDArray[np.bool_]] = {}
         self._lock = threading.Lock()
+        # K-mer ids, mask, strand, CRC and scales of a window.
+        nbytes = 3 * plan.windows.kmers + 1 + CRC_NBYTES + 2 * plan.windows.stored
+        self._open_parts = max(1, min(_OPEN_PARTS, _OPEN_NBYTES // (plan.part * nbytes)))
         self._windows_checked = False
         self.mean = self._statistic("mean")
         self.std = self._statistic("std")
@@ -348,7 +352,7 @@ class Cache:
         opened = self._prepare(part)
         with self._lock:
             self._parts[part] = opened
-            if len(self._parts) > _OPEN_PARTS:
+            if len(self._parts) > self._open_parts:
                 self._parts.popitem(last=False)
         return opened
 
