@@ -124,7 +124,8 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
                 processes=True,
                 resources={"GPU": 1},
                 memory_limit=MEMORY_LIMIT // workers,
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",
+                scheduler_kwargs={"dashboard": False},
             ) as cluster,
             Client(cluster) as client,
         ):
@@ -427,7 +428,9 @@ class _Crew:
         self._topic = f"had-pipe-{uuid.uuid4().hex}"
         self._errands = 0
         self._told: dict[str, Told] = {}
-        self._out: set[Future[Any]] = set()
+        self._out: dict[Future[Any], frozenset[str]] = {}
+        """Errands, and the workers one of whom is to do it; none for any."""
+        self._taken_back: set[Future[Any]] = set()
         self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         self.workers: tuple[str, ...] = ()
         """Addresses of those that offer a device."""
@@ -461,15 +464,12 @@ class _Crew:
             self._told[said["errand"]] = Told.of(said["told"])
 
     def send(
-        self,
-        errand: Callable[..., Any],
-        *arguments: Any,
-        name: str,
-        rather: Sequence[str] | None = None,
+        self, errand: Callable[..., Any], *arguments: Any, name: str, among: Iterable[str] = ()
     ) -> Future[Any]:
-        """Give an errand to a worker, if possible to one of some. Ends in `next`."""
+        """Give an errand to any worker, or to one of some. Ends in `next`."""
         self._errands += 1
         key = f"{name}-{self._topic[-8:]}-{self._errands}"
+        addresses = frozenset(among)
         future = self._client.submit(
             errand,
             self._bench.name,
@@ -479,10 +479,9 @@ class _Crew:
             key=key,
             resources=_RESOURCES,
             retries=0,
-            workers=list(rather) if rather else None,
-            allow_other_workers=bool(rather),
+            workers=list(addresses) or None,
         )
-        self._out.add(future)
+        self._out[future] = addresses
         future.add_done_callback(self._done.put)
         return future
 
@@ -496,7 +495,7 @@ class _Crew:
             future = self._done.get(timeout=_LOOK_SECONDS)
         except queue.Empty:
             return None
-        self._out.discard(future)
+        self._out.pop(future, None)
         return future
 
     def result(self, future: Future[Any]) -> Told | None:
@@ -507,7 +506,7 @@ class _Crew:
                 error = future.exception()
                 assert error is not None
                 raise error
-            if future.status == "cancelled":
+            if future.status == "cancelled" and future not in self._taken_back:
                 raise NetworkError(
                     f"{self._where} is gone. What was committed is kept: start it again, then run "
                     "the same command again"
@@ -515,6 +514,7 @@ class _Crew:
         except NoValidWorkerError as error:
             raise self._nobody() from error
         finally:
+            self._taken_back.discard(future)
             with contextlib.suppress(Exception):  # a scheduler that is gone
                 future.release()
         return told
@@ -537,6 +537,11 @@ class _Crew:
         self.workers = tuple(
             address for address, one in found.items() if one["resources"].get("GPU", 0) >= needed
         )
+        for future, among in self._out.items():
+            # The scheduler would wait for their addresses for ever, which a restart changes.
+            if among and not among & set(self.workers) and future not in self._taken_back:
+                self._taken_back.add(future)
+                future.cancel()
         if self.workers:
             self._seen_workers = now
         elif found:
@@ -674,7 +679,7 @@ class _Making:
                 case.wait,
                 case.limit,
                 name=f"part-{case.part.stem}",
-                rather=others if case.failed_at else None,
+                among=others if case.failed_at else (),
             )
             self._out[future] = case
 
