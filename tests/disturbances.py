@@ -107,6 +107,7 @@ def _one_life(
 ) -> int:
     """Work until done or killed; the exit code."""
     worker = Worker(asked=asked, board=board(0), parts=board.parts)
+    board(0)[BEGUN] = 0
     if undisturbed:
         return worker.start().ended()
     if draw.random() < 0.5:

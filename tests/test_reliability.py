@@ -18,6 +18,7 @@ import disturbances
 import disturbed
 import durable_order
 import pytest
+from conftest import ECOLI
 from disturbed import Nursery, a_recipe
 from numpy_teacher import NumpyTeacher
 
@@ -273,6 +274,36 @@ def test_parts_of_any_size_survive_kills(
     told = unharmed(nursery(disturbances.interrupted_parts, genome, tmp_path, part=part, kills=10))
     assert told["codes"][-1] == 0
     assert told["codes"].count(-9) >= 3
+
+
+_EMBED = """
+import hashlib, sys
+import numpy as np, torch
+from had_pipe.teachers.teacher import load_teacher
+torch.set_num_threads(int(sys.argv[2]))
+teacher = load_teacher(sys.argv[1], revision=None, layer=-1, device="cpu", offline=True)
+rng = np.random.default_rng(0)
+kmer_id, hidden = rng.integers(0, 4096, (16, 85)).astype(np.uint16), rng.random((16, 85)) < 0.15
+print(hashlib.sha256(teacher.embed(kmer_id, hidden).numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_the_demo_teacher_says_the_same_bits_with_one_thread_and_with_two() -> None:
+    teacher = ECOLI.parent / "teacher"
+    if not teacher.exists():
+        pytest.skip("the demo teacher is not here: it lies in the repository, not in a package")
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", _EMBED, teacher, threads],
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "2")
+    }
+    assert len(said) == 1
 
 
 # Disks
