@@ -39,7 +39,7 @@ _OWN = 1.25
 _MOSTLY = 0.9
 """So many windows of equal bytes show that those here are made as those there were."""
 
-_SOURCE_ERROR: Mapping[str, float] = {"exact": 0.0, "int8": 0.05, "compact": 0.35, "tiny": 0.8}
+_SOURCE_ERROR: Mapping[str, float] = {"exact": 0.0, "int8": 0.05, "compact": 0.5, "tiny": 1.0}
 """Of a recoded cache: what its source's codec may have lost of a group, as a share of its norm."""
 
 

@@ -305,7 +305,7 @@ def test_lies_are_found_in_another_class_too(
 
 @pytest.mark.parametrize(
     ("source", "codec"),
-    [("exact", "int8"), ("exact", "tiny"), ("int8", "exact"), ("int8", "tiny")],
+    [("exact", "int8"), ("exact", "tiny"), ("int8", "tiny"), ("compact", "exact")],
 )
 def test_a_recoded_cache_is_allowed_what_its_source_had_lost(
     caches: dict[str, Path], tmp_path: Path, source: str, codec: str

@@ -18,6 +18,7 @@ from had_pipe.cache import compare as module
 from had_pipe.cache.codec import fidelity
 from had_pipe.cache.compare import Comparison, Values, compare
 from had_pipe.cache.recode import recode
+from had_pipe.dna import kmers as dna
 from had_pipe.errors import CacheCorrupt, CacheRefused
 
 SHAPE: Mapping[str, Any] = {"windows": 23, "valid": 7, "kmers": 12, "channels": 8, "part": 8}
@@ -33,14 +34,16 @@ def of(comparison: Comparison, split: str, view: int = 0) -> Values:
     return found
 
 
-def altered(cache: Path, part: Part, row: int, group: int, by: float) -> None:
+def altered(cache: Path, part: Part, row: int, group: int, by: float, scale: float = 1) -> None:
     """One group of a sealed cache moved, and everything else made to fit."""
     opened = Cache.open(cache)
     rows = np.arange(opened.plan.part_windows(part)) + part.number * opened.plan.part
     numerics = opened.receipt(part).numerics
     block = opened.allocate(len(rows))
     opened.read(part.split, part.view, rows, block)
-    block.value[row - rows[0], group] += by
+    block.value[row - rows[0], group] += np.asarray(by, block.value.dtype)
+    if block.scale is not None:
+        block.scale[row - rows[0], group] *= np.float16(scale)
     (cache / layout.MANIFEST).unlink()
     with writer.PartWriter(cache, opened.plan, part, numerics=numerics) as out:
         out.append(*(array for array in (block.value, block.scale) if array is not None))
@@ -142,6 +145,32 @@ def test_recoding_to_what_it_came_from_gives_equal_values(exact: Path, tmp_path:
     for values in found.values:
         assert values.equal_windows == 0
         assert (values.relative, values.worst_cosine) == (0, 1)
+
+
+def test_equal_codes_of_another_scale_are_other_bytes(tmp_path: Path) -> None:
+    one = build_cache(tmp_path / "one", **SHAPE)
+    two = Path(shutil.copytree(one, tmp_path / "two"))
+    altered(two, Part("train", 0, 1), row=10, group=2, by=0, scale=2)
+
+    values = of(compare(one, two), "train")
+
+    assert (values.windows, values.equal_windows) == (23, 22)
+    assert values.worst_row == 10
+
+
+def test_windows_on_the_other_strand_are_other_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = build_cache(tmp_path / "one", **SHAPE)
+    real = dna.strand_flips
+    monkeypatch.setattr(dna, "strand_flips", lambda **given: real(**given) ^ (given["first"] == 0))
+    two = build_cache(tmp_path / "two", **SHAPE)
+
+    found = compare(one, two)
+
+    assert [difference.key for difference in found.contents] == ["train/0/reversed"]
+    assert (of(found, "train").windows, of(found, "train").unlike_windows) == (0, 23)
+    assert (of(found, "valid").windows, of(found, "valid").unlike_windows) == (7, 0)
 
 
 def test_equal_bytes_under_other_statistics_are_other_values(tmp_path: Path) -> None:

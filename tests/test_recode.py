@@ -4,6 +4,7 @@ archival form, which unpacks to what went in and trusts nobody.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import crc32c
 import numcodecs
 import numpy as np
 import numpy.typing as npt
@@ -512,6 +514,47 @@ def test_a_damaged_cache_is_not_archived(caches: dict[str, Path], tmp_path: Path
             recode(source, tmp_path / f"to{number}", codec="archive")
 
         assert not (tmp_path / f"to{number}" / "manifest.json").exists()
+
+
+def test_two_sound_shards_that_changed_places_are_not_archived(few: Path, tmp_path: Path) -> None:
+    """Their CRCs and index are right; only the manifest tells."""
+    source = Path(shutil.copytree(build_cache(tmp_path / "sound", **SHAPE), tmp_path / "from"))
+    one, two = (source / VALUE.replace("/1/0/0", f"/{n}/0/0") for n in (0, 1))
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+
+    with pytest.raises(CacheCorrupt, match="not what the manifest says"):
+        recode(source, tmp_path / "to", codec="archive")
+
+
+@pytest.mark.parametrize("array", ["kmer_id", "0/mask", "0/reversed"])
+def test_a_source_whose_plan_and_arrays_disagree_is_refused_though_its_manifest_fits(
+    few: Path, tmp_path: Path, array: str
+) -> None:
+    source = Path(shutil.copytree(few, tmp_path / "from"))
+    key = f"data.zarr/train/{array}/c/0" + ("" if array == "0/reversed" else "/0")
+    raw = bytearray((source / key).read_bytes())
+    # Two k-mers exchanged, the masked group moved, or a window turned: all as could be.
+    if array == "0/mask":
+        raw[:6] = raw[1:6] + raw[:1]
+    elif array == "kmer_id":
+        raw[:2], raw[2:4] = raw[2:4], raw[:2]
+    else:
+        raw[0] ^= 1
+    raw[-4:] = crc32c.crc32c(bytes(raw[:-4])).to_bytes(4, "little")
+    (source / key).write_bytes(raw)
+    plan, _ = layout.read_plan(source)
+    manifest = layout.read_manifest(source, plan)
+    assert manifest is not None
+    forged = layout.ObjectRecord(nbytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
+    forged_manifest = layout.Manifest.build(plan, {**manifest.objects, key: forged})
+    (source / "manifest.json").write_bytes(forged_manifest.to_json())
+
+    with pytest.raises(CacheCorrupt, match=rf"train/{array} is not what its plan says"):
+        recode(source, tmp_path / "to", codec="int8")
+
+    assert not (tmp_path / "to" / "plan.json").exists()
 
 
 @pytest.mark.parametrize("flips", [30, pytest.param(1_500, marks=pytest.mark.slow)])
