@@ -648,12 +648,13 @@ def _forked(device: torch.device) -> list[int]:
 
 
 class _Signals:
-    """SIGINT and SIGTERM as a wish to stop, granted between two steps. A second one is obeyed.
+    """A wish to stop, granted between two steps. A second one is obeyed.
 
-    Only the main thread may receive signals: elsewhere this does nothing.
+    SIGUSR2 is how batch systems warn a job that its time is nearly up. Only the main thread may
+    receive signals: elsewhere this does nothing.
     """
 
-    _HANDLED = (signal.SIGINT, signal.SIGTERM)
+    _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.caught: str | None = None

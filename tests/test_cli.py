@@ -404,7 +404,9 @@ def test_distill_and_report_make_a_student_and_a_page_once(recipe: Path) -> None
     assert (run / "report.html").read_text("utf-8").startswith("<!doctype html>")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2], ids=lambda n: n.name
+)
 def test_a_training_that_is_stopped_exits_with_75_and_goes_on_where_it_was(
     recipe: Path, number: signal.Signals
 ) -> None:
