@@ -1107,3 +1107,42 @@ def test_metadata_is_held_against_the_plan_before_sealing_too(begun: Path, sound
     rewrite(begun / key, lambda array: array.update(fill_value=-128))
     assert (begun / key).read_bytes() != original
     assert integrity.verify(begun).problems == ()
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 24, 50, 123, 1000])
+def test_the_crcs_of_a_shard_are_seen_however_it_is_cut_into_pieces(cache: Path, size: int) -> None:
+    plan = Cache.open(cache).plan
+    for part in plan.parts():
+        receipt, _ = layout.read_receipt(cache, plan, part)
+        for signal in plan.signals:
+            raw = (cache / part.shard_key(signal)).read_bytes()
+            pieces = [
+                integrity._crcs_within(
+                    memoryview(raw)[at : at + size], at, signal, plan.part_windows(part)
+                )
+                for at in range(0, len(raw), size)
+            ]
+            record = receipt.objects[part.shard_key(signal)]
+            assert b"".join(pieces) == record.crcs().tobytes()
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "unsealed"])
+def test_a_receipt_with_another_crc_than_its_shard_is_named(
+    cache: Path, begun: Path, sealed: bool
+) -> None:
+    """Sealed by one who made the digests fit: only the shard can tell."""
+    folder = cache if sealed else begun
+    key = RECEIPT.format(1)
+
+    def change(receipt: dict[str, Any]) -> None:
+        record = receipt["objects"][VALUE.format(1)]
+        crc = layout.ShardRecord.model_validate(record).crcs().copy()
+        crc[2] ^= 1
+        record["crc32c"] = layout.ShardRecord.pack(crc)
+
+    rewrite(folder / key, change)
+    if sealed:
+        admit(folder, key)
+    (problem,) = integrity.verify(folder).problems
+    assert problem.key == key
+    assert problem.found == f"other CRCs than {VALUE.format(1)} holds"

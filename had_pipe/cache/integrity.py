@@ -36,6 +36,7 @@ from had_pipe.cache.layout import (
     ObjectRecord,
     Part,
     Plan,
+    Signal,
     SplitPlan,
     parse_receipt,
     read_manifest,
@@ -51,6 +52,9 @@ from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete, shown
 from had_pipe.progress import Progress, Reporter, silent
 
 Level = Literal["structure", "sample", "everything"]
+
+_Look = Callable[[memoryview, int], None]
+"""Looks at a piece of an object's bytes as they pass, and at which byte it begins."""
 
 SAMPLE = 20
 """`sample` hashes one of so many large objects."""
@@ -217,6 +221,7 @@ def verify(
     problems: list[Problem] = []
     since: dict[Part, object] = {}
     records: dict[str, ObjectRecord] = {PLAN: _record(raw)}
+    crcs: dict[str, bytes] = {}
     if manifest is not None:
         refuse_endless(cache, plan, manifest)
         if manifest.plan != plan.id:
@@ -233,7 +238,7 @@ def verify(
         parts = _made_parts(cache, plan)
         since = {part: _receipt_stamp(cache, part) for part in parts}
     for part in parts:
-        problems += _part_problems(cache, plan, part, records, sealed=sealed)
+        problems += _part_problems(cache, plan, part, records, crcs, sealed=sealed)
     seen, strangers = _look_around(cache, objects, sealed=sealed)
     problems += strangers
     odd = {problem.key for problem in strangers}
@@ -254,18 +259,17 @@ def verify(
             problems.append(Problem(key, told, f"{record.nbytes:,} bytes", _remedy(key)))
     chosen = {key: lengths[key] for key in _chosen(records, level, share) if key in lengths}
     hashed = 0
-    # What nothing else covers before there is a manifest, and a manifest then repeats.
-    miscounted: dict[Part, Problem] = {}
+    there = {key: hashlib.sha256() for key in crcs.keys() & chosen.keys()}
 
-    def look(key: str, found: ObjectRecord) -> None:
+    def look(key: str) -> _Look | None:
         part = objects.part(key)
-        if part is not None and key != part.receipt_key and found.sha256 == records[key].sha256:
-            problem = _crc_problem(cache, plan, part, key, records.get(part.receipt_key))
-            if problem is not None:
-                miscounted[part] = problem
+        if part is None or key not in there:
+            return None
+        signal = next(signal for signal in plan.signals if part.shard_key(signal) == key)
+        windows = plan.part_windows(part)
+        return lambda piece, at: there[key].update(_crcs_within(piece, at, signal, windows))
 
     read = _hashed(cache, chosen, what="verifying", threads=threads, report=report, look=look)
-    problems += miscounted.values()
     for key, found in read.items():
         if isinstance(found, str):
             problems.append(Problem(key, found, "to be read", _remedy(key)))
@@ -273,7 +277,12 @@ def verify(
         hashed += found.nbytes
         if found.sha256 != records[key].sha256:
             problems.append(_other_contents(key, found, records[key]))
-    if manifest is not None and not problems:
+        elif key in there and there[key].digest() != crcs[key]:
+            # By these a shard is read. Nothing else covers them before there is a manifest.
+            receipt = _receipt_of(objects, key)
+            told = f"other CRCs than {key} holds"
+            problems.append(Problem(receipt, told, "those of its windows", _remedy(receipt)))
+    if manifest is not None and level == "everything" and share == (1, 1) and not problems:
         # Whole, and still no cache: a forger's digests fit whatever he wrote.
         try:
             _ = Cache(cache, plan, manifest, check="first").fidelity
@@ -505,11 +514,11 @@ def _hashed(
     what: str,
     threads: int | None = None,
     report: Reporter = silent,
-    look: Callable[[str, ObjectRecord], None] = lambda *_: None,
+    look: Callable[[str], _Look | None] = lambda _: None,
 ) -> dict[str, ObjectRecord | str]:
     """What objects hold, or why one cannot be read; the largest first, told in bytes.
 
-    `look` is called in a thread with every object that was just read, so from the system's memory.
+    `look` says, in a thread, who else looks at an object's bytes as they pass.
     """
     threads = threads or len(os.sched_getaffinity(0))
     total, begun, done = sum(lengths.values()), time.monotonic(), 0
@@ -530,12 +539,7 @@ def _hashed(
     running: set[Future[dict[str, ObjectRecord | str]]] = set()
 
     def read(keys: Sequence[str]) -> dict[str, ObjectRecord | str]:
-        told = {}
-        for key in keys:
-            told[key] = one = _read(cache, key, lengths[key], advance)
-            if isinstance(one, ObjectRecord) and not stopped.is_set():
-                look(key, one)
-        return told
+        return {key: _read(cache, key, lengths[key], advance, look(key)) for key in keys}
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="had-pipe hash")
     try:
@@ -575,7 +579,9 @@ def _handfuls(lengths: Mapping[str, int]) -> Iterator[list[str]]:
         yield handful
 
 
-def _read(cache: Path, key: str, nbytes: int, advance: Callable[[int], bool]) -> ObjectRecord | str:
+def _read(
+    cache: Path, key: str, nbytes: int, advance: Callable[[int], bool], look: _Look | None
+) -> ObjectRecord | str:
     """Hash one file, as long as `advance` says to go on; a disk that fails is an answer too."""
     digest, done = hashlib.sha256(), 0
     buffer = memoryview(bytearray(min(_BUFFER, nbytes + 1)))
@@ -583,6 +589,8 @@ def _read(cache: Path, key: str, nbytes: int, advance: Callable[[int], bool]) ->
         with os.fdopen(open_object(cache, key), "rb", buffering=0) as file:
             while got := file.readinto(buffer):
                 digest.update(buffer[:got])
+                if look is not None:
+                    look(buffer[:got], done)
                 done += got
                 if done > nbytes:
                     return f"more than {nbytes:,} bytes"
@@ -597,36 +605,21 @@ def _read(cache: Path, key: str, nbytes: int, advance: Callable[[int], bool]) ->
     return ObjectRecord(nbytes=done, sha256=digest.hexdigest())
 
 
-def _crc_problem(
-    cache: Path, plan: Plan, part: Part, key: str, record: ObjectRecord | None
-) -> Problem | None:
-    """A sound shard against the CRCs of its windows in the receipt, by which it is read.
+def _crcs_within(piece: memoryview, at: int, signal: Signal, windows: int) -> bytes:
+    """What a piece of a shard, from byte `at` on, holds of the CRCs that follow its windows."""
+    nbytes, stride, end = signal.nbytes, signal.stride, at + len(piece)
+    found = bytearray()
+    row = max(0, (at - nbytes - CRC_NBYTES) // stride)
+    while row < windows and (start := row * stride + nbytes) < end:
+        found += piece[max(start - at, 0) : max(start + CRC_NBYTES - at, 0)]
+        row += 1
+    return bytes(found)
 
-    A receipt that is not the one of `record` is told of elsewhere.
-    """
-    signal = next(signal for signal in plan.signals if part.shard_key(signal) == key)
-    try:
-        receipt, raw = read_receipt(cache, plan, part)
-        if _record(raw) != record:
-            return None
-        check_receipt(cache, plan, part, receipt)
-        windows = plan.part_windows(part)
-        descriptor = open_object(cache, key)
-        try:
-            ends = (row * signal.stride + signal.nbytes for row in range(windows))
-            there = b"".join(os.pread(descriptor, CRC_NBYTES, end) for end in ends)
-        finally:
-            os.close(descriptor)
-        if receipt.objects[key].crcs().tobytes() == there:
-            return None
-    except (CacheError, OSError, LookupError):
-        return None  # told of where the receipt is held against plan and manifest
-    return Problem(
-        part.receipt_key,
-        f"other CRCs than {key} holds",
-        "those of its windows",
-        _remedy(part.receipt_key),
-    )
+
+def _receipt_of(objects: _Objects, key: str) -> str:
+    part = objects.part(key)
+    assert part is not None
+    return part.receipt_key
 
 
 def _remedy(key: str) -> str:
@@ -717,9 +710,17 @@ def _windows_digest(cache: Path, plan: Plan) -> Any:
 
 
 def _part_problems(
-    cache: Path, plan: Plan, part: Part, records: dict[str, ObjectRecord], *, sealed: bool
+    cache: Path,
+    plan: Plan,
+    part: Part,
+    records: dict[str, ObjectRecord],
+    crcs: dict[str, bytes],
+    *,
+    sealed: bool,
 ) -> Iterator[Problem]:
     """A receipt against plan and manifest; an unsealed cache takes its records from receipts.
+
+    Notes the SHA-256 of the CRCs that it tells of each shard.
 
     A receipt that is not the manifest's is told of where objects are hashed.
     """
@@ -738,6 +739,7 @@ def _part_problems(
         return
     for shard, record in receipt.objects.items():
         entry = ObjectRecord(nbytes=record.nbytes, sha256=record.sha256)
+        crcs[shard] = hashlib.sha256(record.crcs().astype("<u4").tobytes()).digest()
         if not sealed:
             records[shard] = entry
         elif records.get(shard) != entry:
