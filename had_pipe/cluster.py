@@ -716,7 +716,7 @@ class _Making:
 
     def _judge(self, case: _Case, *, hopeless: bool) -> None:
         if not hopeless:
-            self._waiting.append(case)
+            self._waiting.appendleft(case)  # next, so that a run that cannot be ends early
             return
         self._quarantined.append(case)
         if not self._made and len(self._quarantined) >= _FAILURES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -338,21 +339,27 @@ def assert_made_in_spite_of(place: Place, kills: int) -> int:
     return begun
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_ten_killed_workers_lose_no_part_of_two_hundred_and_no_bystander_is_blamed(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("parts", "kills"),
+    [
+        pytest.param(200, 10, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+        pytest.param(2_000, 200, marks=[pytest.mark.soak, pytest.mark.timeout(4 * 3600)]),
+    ],
+)
+def test_killed_workers_lose_no_part_and_no_bystander_is_blamed(
+    tmp_path: Path, parts: int, kills: int
 ) -> None:
-    place = a_place(tmp_path, parts=200)
-    killer = Killer(place.diary, kills=10, every=17)
+    place = a_place(tmp_path, parts=parts)
+    killer = Killer(place.diary, kills=kills, every=int(0.85 * parts / kills))
     killer.start()
     made = extract_on_cluster(place.recipe, workers=2, teacher=place.teacher(seconds=0.02))
-    assert len(killer.killed) == 10
-    assert (made.parts_made, made.parts_left) == (200, 0)
-    assert_made_in_spite_of(place, 10)
+    assert len(killer.killed) == kills
+    assert (made.parts_made, made.parts_left) == (parts, 0)
+    begun = assert_made_in_spite_of(place, kills)
     # The teacher once in each process that worked.
     loaded = [process for _, process, _ in lines(place.diary, "loaded")]
     assert len(set(loaded)) == len(loaded)
+    print(f"{parts} parts, {kills} workers killed, {begun} parts begun")
 
 
 @pytest.mark.slow
@@ -401,7 +408,8 @@ def test_a_teacher_that_fails_everywhere_ends_the_run_early(
     everything = frozenset(place.first_seen(number) for number in range(12))
     with pytest.raises(QuarantineError, match=r"\(3; in all 12 of 12 are not made\)"):
         on(place, cluster(1), place.teacher(raises=everything))
-    assert len(lines(place.diary, "begun")) < 12
+    # Three parts three times, and what was dealt out meanwhile; not every part again and again.
+    assert len(lines(place.diary, "begun")) <= 3 * 3 + 6
 
 
 @pytest.mark.slow
@@ -434,14 +442,13 @@ def patience_of_leases(running: LocalCluster, seconds: float) -> Iterator[None]:
 
 
 CLIENT = """
-import functools, sys
+import functools, pickle, sys
 from pathlib import Path
 from cluster_teachers import Diary
 from had_pipe.cluster import extract_on_cluster
-from had_pipe.recipe import Recipe
 
 if __name__ == "__main__":
-    recipe = Recipe.model_validate_json(Path(sys.argv[1]).read_text())
+    recipe = pickle.loads(Path(sys.argv[1]).read_bytes())
     where = {"workers": 2} if sys.argv[3] == "workers" else {"scheduler": sys.argv[3]}
     teacher = functools.partial(Diary, path=Path(sys.argv[2]), seconds=float(sys.argv[4]))
     extract_on_cluster(recipe, teacher=teacher, **where)
@@ -452,8 +459,8 @@ def a_client(place: Place, where: str, *, seconds: float) -> subprocess.Popen[st
     """Somebody else's process that asks for the cache."""
     folder = place.diary.parent
     (folder / "client.py").write_text(CLIENT)
-    (folder / "recipe.json").write_text(place.recipe.model_dump_json())
-    words = [folder / "client.py", folder / "recipe.json", place.diary, where, str(seconds)]
+    (folder / "recipe").write_bytes(pickle.dumps(place.recipe))
+    words = [folder / "client.py", folder / "recipe", place.diary, where, str(seconds)]
     return subprocess.Popen(
         [sys.executable, *map(str, words)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
