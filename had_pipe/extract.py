@@ -149,17 +149,23 @@ def ensure_plan(
             )
         )
 
-    with waiting(lock_of(path, "plan"), waited):
-        if not (path / layout.PLAN).exists():
-            return _make_plan(path, asked, references, teacher, described, given, report)
-        plan = check_same(path, described, given)
-        if repair:
+    def make(cache: Path) -> Plan:
+        return _make_plan(cache, asked, references, teacher, described, given, report)
 
-            def again(aside: Path) -> Plan:
-                return _make_plan(aside, asked, references, teacher, described, given, report)
-
-            _repair(path, plan, again, report)
-        return plan
+    lease = lock_of(path, "plan")
+    while True:
+        with waiting(lease, waited):
+            if not (path / layout.PLAN).exists():
+                try:
+                    make(path)
+                except OSError:
+                    if not lease.lost:
+                        raise
+                    continue  # slept, and whoever took over swept its files away
+            plan = check_same(path, described, given)
+            if repair:
+                _repair(path, plan, make, report)
+            return plan
 
 
 def _make_plan(

@@ -190,7 +190,8 @@ def race(
     `kind` is one of the keys of RACES.
     """
     path = Path(folder) / f"{kind}-{workers}-{seed}".replace(" ", "-")
-    if kind != "planning":
+    fresh = kind in ("planning", "beside a sleeping planner")
+    if not fresh:
         shutil.copytree(planned, path)
     asked, draw = tables(Path(genome), path), random.Random(seed)
     board = Board(parts_of(Path(sound)), workers=workers + 1)
@@ -198,8 +199,10 @@ def race(
     if kind == "after a killed holder":
         odd.stop = Stop(draw.choice(HOLDING), draw.randrange(1, 4))
         assert odd.start().ended() == -signal.SIGKILL
-    elif kind == "beside a sleeper":
-        odd.stop = Stop(draw.choice((*HOLDING, *MOMENTS)), draw.randrange(1, 4), signal.SIGSTOP)
+    elif kind in SLEEPING:
+        moments = PLANNING if fresh else (*HOLDING, *MOMENTS)
+        come = 1 if fresh else draw.randrange(1, 4)
+        odd.stop = Stop(draw.choice(moments), come, signal.SIGSTOP)
         odd.start()
         os.waitid(os.P_PID, odd.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     gate, opened = os.pipe()
@@ -220,7 +223,7 @@ def race(
     codes = [worker.ended() for worker in group]
     seconds = time.monotonic() - begun
     os.close(gate)
-    if kind == "beside a sleeper":
+    if kind in SLEEPING:
         with contextlib.suppress(ProcessLookupError):
             os.kill(odd.pid, signal.SIGCONT)
         codes.append(odd.ended())
@@ -290,7 +293,9 @@ RACES: Mapping[str, Callable[[], None]] = {
     "without flock": _without_flock,
     "after a killed holder": _as_it_is,
     "beside a sleeper": _as_it_is,
+    "beside a sleeping planner": _as_it_is,
 }
+SLEEPING = ("beside a sleeper", "beside a sleeping planner")
 
 
 # Orders and shares

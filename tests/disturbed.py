@@ -139,7 +139,7 @@ def what_of(path: str) -> str:
     if parts[0] == layout.WORK:
         if "leases" in parts:
             return "lease"
-        if "plan" in parts or name.startswith(("plan.json", "plan.lock")):
+        if len(parts) > 1 and parts[1].startswith("plan"):
             return "plan"
         if name.startswith(("manifest.json", "seal.lock")):
             return "manifest"

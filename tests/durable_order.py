@@ -37,7 +37,7 @@ def trace_of(genome: str, folder: str, *, workers: int, slow: float) -> dict[str
             line = json.dumps([step.when, step.doing, key, threading.get_native_id()])
             os.write(told, line.encode() + b"\n")
             made = step.when == "after" and step.doing in ("mkdir", "replace")
-            if worker is group[0] and made and not key.startswith(f"{layout.WORK}/plan/"):
+            if worker is group[0] and made and not key.startswith(f"{layout.WORK}/plan-"):
                 time.sleep(5 * slow if key.startswith(layout.PLAN) else slow)
 
         watch(worker.path, write)

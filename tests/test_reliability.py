@@ -149,7 +149,7 @@ def test_the_system_sees_that_order_too(genome: Path, sound: Path, tmp_path: Pat
     renamed = [
         event
         for event in events
-        if (event.when, event.doing) == ("after", "replace") and ".work/plan/" not in event.key[:11]
+        if (event.when, event.doing) == ("after", "replace") and ".work/plan-" not in event.key[:11]
     ]
     parts = len(disturbed.parts_of(path))
     assert len([event for event in renamed if event.key.startswith("parts/")]) == parts
@@ -207,7 +207,8 @@ def test_workers_let_go_at_once_make_one_cache(
             )
             assert told["wrong"] == []
             assert set(told["codes"]) == {0}
-            assert told["plans"] == (kind == "planning")
+            # The board counts whoever renames; a sleeper may wake to do it again, alike.
+            assert told["plans"] == ("planning" in kind) or kind in disturbances.SLEEPING
             assert told["seals"] == 1
             begun, races = begun + told["begun"], races + 1
     print({"races": races, "parts": races * told["parts"], "begun": begun})

@@ -90,7 +90,8 @@ def create(
     """Write plan.json and all that is made at plan time; `described` holds the plan's other fields.
 
     Built in `.work/`, then renamed into place, plan.json last: without it there is no cache, and
-    what a killed attempt left is cleared away. The caller holds the cache's lock.
+    what a killed attempt left is cleared away. The caller holds the lease on planning, and holds
+    what lies there then against its recipe: where a plan came meanwhile, that stays.
     """
     splits = dict(sorted(splits.items()))
     names = [genome["name"] for genome in described["genomes"]]
@@ -112,16 +113,21 @@ def create(
             "contents": contents,
         }
     )
-    aside = cache / WORK / "plan"
+    aside = cache / WORK / f"plan-{uuid.uuid4().hex}"
     with storage(cache):
-        for leftover in (aside, cache / DATA):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        (cache / WINDOWS).unlink(missing_ok=True)
+        for leftover in (cache / WORK).glob("plan-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         make_folder(aside)
         _write_zarr(aside / DATA, plan, splits, arrays, fidelity)
         _write_windows(aside / WINDOWS, splits, names)
         sync_tree(aside)
+        # Whoever slept so long that another planned must not touch what may be in use.
+        if (cache / PLAN).exists():
+            shutil.rmtree(aside)
+            return plan
+        if (cache / DATA).exists():
+            shutil.rmtree(cache / DATA)
+        (cache / WINDOWS).unlink(missing_ok=True)
     publish(aside / DATA, cache / DATA)
     publish(aside / WINDOWS, cache / WINDOWS)
     write_file(cache / PLAN, plan.to_json(), aside=aside)
