@@ -593,6 +593,8 @@ class _Case:
     """A part that is not made yet, and what was tried."""
 
     part: Part
+    sent: bool = False
+    """Whether a worker was asked to make it."""
     held: bool = False
     """Whether others were at it."""
     wait: float = 0.0
@@ -671,7 +673,10 @@ class _Making:
         while self._waiting and len(self._out) < _PER_WORKER * max(1, len(crew.workers)):
             case = self._waiting.popleft()
             if (self._path / case.part.receipt_key).is_file():
+                if case.sent and not case.held:
+                    self._made.append(case.part)
                 continue
+            case.sent = True
             others = [one for one in crew.workers if one not in case.failed_at]
             future = crew.send(
                 _make_there,
