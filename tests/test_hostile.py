@@ -49,6 +49,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             part=strangers.PART,
             codec=codec,
         )
+    shutil.copytree(root / "sound", root / "begun")
+    (root / "begun" / "cache" / "manifest.json").unlink()
     return root
 
 
@@ -162,6 +164,24 @@ def test_a_strangers_store_is_refused(name: str, opener: Opener) -> None:
     assert all(len(text) < 20_000 for text in said.values())
     # What cannot be opened is never called sound. (What a window holds is judged as it is read.)
     assert "verify" in said or "inspect" not in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (i % 2))
+        for i, name in enumerate(strangers.BEGUN)
+    ],
+)
+def test_a_strangers_store_that_is_not_sealed_is_refused_by_verification(
+    name: str, opener: Opener
+) -> None:
+    answer = opener(name, strangers.BEGUN[name][0])
+    check_watch(answer)
+    said = sayings(answer)
+    assert "manifest" in said["read"] or "expected" in said["read"]
+    assert "verify" in said
+    assert len(said["verify"]) < 20_000
 
 
 @pytest.mark.parametrize("name", strangers.HARMLESS)

@@ -845,7 +845,7 @@ def test_a_part_that_comes_while_an_unsealed_cache_is_verified_is_no_damage(
     plan, _ = layout.read_plan(begun)
     part = Part("train", 0, 2)
     keys = [*(part.shard_key(signal) for signal in plan.signals), part.receipt_key]
-    for step in ("_planned_problems", "_made_parts", "_part_problems", "_look_around", "_hashed"):
+    for step in ("_planned_problems", "made_parts", "_part_problems", "_look_around", "_hashed"):
         real = getattr(integrity, step)
 
         def committing(*args: Any, real: Any = real, **named: Any) -> Any:

@@ -9,7 +9,7 @@ W windows of a block, G stored groups, D channels.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,11 +183,15 @@ def _rows_made(cache: Cache) -> dict[Place, npt.NDArray[np.bool_]]:
         for split, of_split in plan.splits.items()
         for view in of_split.views
     }
-    for part in plan.parts():
-        if cache.has(part):
-            first = part.number * plan.part
-            rows[part.split, part.view][first : first + plan.part_windows(part)] = True
+    for part in _made(cache):
+        first = part.number * plan.part
+        rows[part.split, part.view][first : first + plan.part_windows(part)] = True
     return rows
+
+
+def _made(cache: Cache) -> Iterable[Part]:
+    """The parts that are there: by listing, since an unfinished cache may have few of many."""
+    return cache.plan.parts() if cache.sealed else integrity.made_parts(cache.path, cache.plan)
 
 
 def _both(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -199,10 +203,10 @@ def _both(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> npt.NDArray[np.
 def _unmatched(cache: Cache, other: Mapping[Place, npt.NDArray[np.bool_]]) -> tuple[Part, ...]:
     """The parts that are there and have no row in the other cache."""
     plan, found = cache.plan, []
-    for part in plan.parts():
+    for part in _made(cache):
         rows = other.get((part.split, part.view), np.zeros(0, dtype=np.bool_))
         first = part.number * plan.part
-        if cache.has(part) and not rows[first : first + plan.part_windows(part)].any():
+        if not rows[first : first + plan.part_windows(part)].any():
             found.append(part)
     return tuple(found)
 

@@ -105,7 +105,7 @@ def missing_parts(cache: Path, plan: Plan) -> list[Part]:
 
 def numerics_class(cache: Path, plan: Plan) -> Mapping[str, str | int] | None:
     """The class of arithmetic the parts so far were made with; None where there is none yet."""
-    for part in _made_parts(cache, plan):
+    for part in made_parts(cache, plan):
         return read_receipt(cache, plan, part)[0].numerics
     return None
 
@@ -235,7 +235,7 @@ def verify(
         parts = list(plan.parts())
     else:
         problems += _planned_problems(cache, plan)
-        parts = _made_parts(cache, plan)
+        parts = made_parts(cache, plan)
         since = {part: _receipt_stamp(cache, part) for part in parts}
     for part in parts:
         problems += _part_problems(cache, plan, part, records, crcs, sealed=sealed)
@@ -422,7 +422,7 @@ def _receipt_keys(cache: Path) -> set[str]:
         }
 
 
-def _made_parts(cache: Path, plan: Plan) -> list[Part]:
+def made_parts(cache: Path, plan: Plan) -> list[Part]:
     """The parts that have a receipt."""
     objects = _Objects(plan)
     return sorted(part for key in _receipt_keys(cache) if (part := objects.part(key)))
