@@ -302,7 +302,7 @@ def forking(call: str) -> list[Path]:
     return [Path(line) for line in done.stdout.split()]
 
 
-@pytest.mark.parametrize("step", [101, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [101, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["codec", "archive", "cache"])
 @pytest.mark.timeout(1200)
 def test_killed_at_any_moment_the_same_command_makes_the_same_bytes(
