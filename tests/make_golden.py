@@ -1,4 +1,4 @@
-"""Make the small caches in tests/data/cache-v1: once per format, before its first release.
+"""Make the small caches in tests/data: once per format, before its first release.
 
 They are kept for ever and never made again: that today's code writes something else would be no
 reason to change them, and that it cannot read them is a bug. `python tests/make_golden.py FOLDER`.
@@ -12,6 +12,7 @@ from pathlib import Path
 from small_cache import build_cache
 
 from had_pipe.cache.codec import CodecName
+from had_pipe.cache.recode import recode
 
 
 def make_golden(folder: Path) -> None:
@@ -42,5 +43,10 @@ def make_golden(folder: Path) -> None:
         )
 
 
+def make_golden_archive(folder: Path, cache: Path) -> None:
+    recode(cache / "bfloat16", folder / "bfloat16", codec="archive")
+
+
 if __name__ == "__main__":
-    make_golden(Path(sys.argv[1]))
+    make_golden(Path(sys.argv[1]) / "cache-v1")
+    make_golden_archive(Path(sys.argv[1]) / "archive-v1", Path(sys.argv[1]) / "cache-v1")

@@ -495,6 +495,15 @@ def test_large_shards_are_packed_in_frames_that_can_be_told_apart(
     assert tree(tmp_path / "to") == tree(source)
 
 
+def test_an_archive_of_a_released_format_unpacks_to_the_cache_it_was_made_of(
+    tmp_path: Path,
+) -> None:
+    """Kept since it was made, like the cache beside it."""
+    golden = Path(__file__).parent / "data"
+    recode(golden / "archive-v1" / "bfloat16", tmp_path / "cache")
+    assert tree(tmp_path / "cache") == tree(golden / "cache-v1" / "bfloat16")
+
+
 def test_an_archive_is_no_cache_and_says_how_to_get_one(archives: dict[str, Path]) -> None:
     for attempt in (Cache.open, integrity.verify):
         with pytest.raises(CacheRefused, match=r"archival form.*`had-pipe cache recode .* TARGET`"):
