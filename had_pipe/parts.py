@@ -116,13 +116,17 @@ class PartMaker:
         """
         batches: _Batches = queue.Queue(_WAITING_BATCHES)
         with self._embedding:
-            written = self._pool.submit(self._write, part, lease, batches)
+            written: Future[Receipt | None] | None = None
             try:
+                written = self._pool.submit(self._write, part, lease, batches)
                 for batch in self._stored(part):
                     _put(batches, batch, written)
                     tick(len(batch.stored[0]))
             except BaseException:
-                _put(batches, None, written)
+                if written is None:  # a signal came while the writer's thread was being started
+                    batches.put_nowait(None)
+                else:
+                    _put(batches, None, written)
                 raise
         return written
 

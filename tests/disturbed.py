@@ -283,7 +283,11 @@ class Worker:
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(self._live())
+            code = self._live()
+            for thread in threading.enumerate():  # as the interpreter waits for them when it ends
+                if thread is not threading.current_thread() and not thread.daemon:
+                    thread.join()
+            os._exit(code)
         return self
 
     def _live(self) -> int:
