@@ -444,7 +444,13 @@ class _Crew:
 
     def __exit__(self, *_: object) -> None:
         """Take back what has not begun, and let workers forget the teacher."""
-        # Where this is not to be had, leases and receipts keep what goes on from doing harm.
+        # Where this is not to be had, leases and receipts keep what goes on from doing harm. A
+        # worker that does not answer must not keep whoever asked.
+        leaving = threading.Thread(target=self._leave, name="had-pipe leaving", daemon=True)
+        leaving.start()
+        leaving.join(_GONE_SECONDS)
+
+    def _leave(self) -> None:
         with contextlib.suppress(Exception):
             if self._client.status == "running":
                 self._client.cancel(list(self._out), force=True)

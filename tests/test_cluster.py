@@ -605,7 +605,7 @@ def test_an_error_of_the_whole_run_reaches_whoever_asked_at_once(
     cluster: Callable[..., LocalCluster], place: Place
 ) -> None:
     running = cluster(1)
-    with pytest.raises(CacheMismatch, match="layer: there -1, here 3"):
+    with pytest.raises(CacheMismatch, match=r"teacher.layer +here -1 +recipe 3"):
         on(place, running, functools.partial(NumpyTeacher, layer=3))
     full = StorageError("the disk is full")
     teacher = place.teacher(raises=frozenset({place.first_seen(5)}), error=full)

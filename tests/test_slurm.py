@@ -157,7 +157,7 @@ def test_an_array_that_is_warned_comes_back_and_makes_the_cache_of_one_process(
         (queue / name).chmod(0o755)
     folder = tmp_path / "here"
     folder.mkdir()
-    recipe = a_recipe_to_run(folder, views=20)
+    recipe = a_recipe_to_run(folder, views=10)
     programs = Path(sys.executable).parent
     environment = {
         **os.environ,
