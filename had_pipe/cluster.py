@@ -265,6 +265,12 @@ class Bench(WorkerPlugin):
     def setup(self, worker: Worker) -> None:
         """In the worker, at its start and at every restart. The first task loads the teacher, so
         that what goes wrong reaches whoever asked."""
+        # Dask's profiler looks at all threads' frames a hundred times a second; where a collection
+        # falls into that while a thread ends, some Pythons stand still for ever (seen with 3.11.7;
+        # CPython issue 106883), and every lease has a thread.
+        profiler = worker.periodic_callbacks.pop("profile", None)
+        if profiler is not None:
+            profiler.stop()
         self.process = f"process {os.getpid()} on {socket.gethostname()}"
         self._address, self._number = worker.address, worker.name
         self._loading = threading.Lock()

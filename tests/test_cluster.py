@@ -130,7 +130,7 @@ def a_bench(place: Place, teacher: Callable[[], Any] | None = None, **changed: A
     bench = Bench(asked, "cpu", False, teacher or place.teacher(), local=True)
     for name, value in changed.items():
         setattr(bench, name, value)
-    bench.setup(cast(Any, SimpleNamespace(address="inproc://here", name=0)))
+    bench.setup(cast(Any, SimpleNamespace(address="inproc://here", name=0, periodic_callbacks={})))
     return bench
 
 
