@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -63,6 +64,7 @@ def make(folder: Path, part: Part, source: Path) -> None:
             other.read(part.split, part.view, rows, block)
             assert block.scale is not None
             out.append(block.value, block.scale)
+        out.sync()
         out.commit()
 
 
@@ -83,7 +85,7 @@ def traced(step: Callable[[str, Path], None]) -> Iterator[None]:
         def watched(target: Any, *rest: Any, **options: Any) -> Any:
             path = Path(f"/proc/self/fd/{target}").readlink() if name == "fsync" else Path(target)
             # zarr-python writes from threads of its own, in any order, what is synced afterwards.
-            if name == "fsync" or ".work/plan/data.zarr/" not in path.as_posix():
+            if name == "fsync" or not re.search(r"\.work/plan-\w+/data\.zarr/", path.as_posix()):
                 step(name, Path(rest[0]) if name == "replace" else path)
             return real(target, *rest, **options)
 
@@ -110,7 +112,8 @@ def test_a_file_is_synced_then_renamed_then_its_folder_is_synced(tmp_path: Path)
     with trace() as events:
         durable.write_file(final, b"new", aside=tmp_path / "aside")
 
-    temporary = tmp_path / "aside" / f"file.json.{os.getpid()}.tmp"
+    temporary = events[0][1]
+    assert temporary.parent == tmp_path / "aside"
     assert events == [("fsync", temporary), ("replace", final), ("fsync", tmp_path)]
     assert final.read_bytes() == b"new"
     assert not temporary.exists()
@@ -185,7 +188,7 @@ def test_a_plan_is_published_last_after_all_it_speaks_of(tmp_path: Path) -> None
         places["replace", folder / name] for name in ("data.zarr", "windows.parquet", "plan.json")
     )
     assert data < windows < plan
-    aside = folder / ".work/plan"
+    aside = next(path for name, path in events if name == "mkdir" and "plan-" in path.name)
     for path in (folder / "data.zarr").rglob("*"):
         assert places["fsync", aside / path.relative_to(folder)] < data
     assert places["fsync", aside / "windows.parquet"] < windows
@@ -259,7 +262,7 @@ def test_a_part_killed_at_any_step_is_missing_never_torn_and_made_again_the_same
                 cache.read("train", 0, np.array([3, 4, 5]), block)
         cache.read("train", 0, np.array([0, 1, 2]), block)
 
-        writer.clear_temporaries(folder)
+        writer.clear_temporaries(folder, part)
         make(folder, part, sound)
 
         assert files(folder, work=True) == expected, step
