@@ -310,6 +310,17 @@ def test_two_workers_make_the_bytes_that_one_process_makes(small: Place, tmp_pat
     assert told[-1].done == told[-1].total
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_any_number_of_workers_makes_the_same_bytes(
+    small: Place, tmp_path: Path, workers: int
+) -> None:
+    place = a_copy(small, tmp_path)
+    extract_on_cluster(place.recipe, workers=workers, teacher=place.teacher())
+    assert_same_bytes(place.path, place.whole)
+
+
 class Killer(threading.Thread):
     """Kills whoever began the latest part, again and again, as often as it is told to."""
 
