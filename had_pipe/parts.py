@@ -309,6 +309,7 @@ def _settle_numerics(cache: Path, plan: Plan, numerics: Mapping[str, str | int])
         raise CacheMismatch(
             f"{cache}: its parts are made by another class of arithmetic ({said}); one cache holds "
             "one class only: continue where it was begun, or start again at another path"
+            + (" (OMP_NUM_THREADS sets the threads)" if "threads" in said else "")
         )
 
 

@@ -69,6 +69,8 @@ def test_a_folder_is_named_without_its_path_and_by_its_weights(folder: Path) -> 
         "torch": torch.__version__.split("+")[0],
         "kernels": "sdpa",
         "dtype": "float32",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
     }
 
 

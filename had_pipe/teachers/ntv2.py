@@ -535,12 +535,10 @@ class NTv2Teacher:
         self.context = model.config.context
         self.dtype = _dtype_name(compute)
         self.numerics: Mapping[str, str | int] = {
-            "device": f"cuda:{torch.cuda.get_device_name(device)}"
-            if device.type == "cuda"
-            else device.type,
             "torch": torch.__version__.split("+")[0],
             "kernels": "sdpa",
             "dtype": self.dtype,
+            **_machine(device),
         }
         self._device = device
         self._compute = compute
@@ -560,6 +558,17 @@ class NTv2Teacher:
             cls = token.new_full((windows, 1), CLS_TOKEN)
             feat_WTD: Tensor = self._model(torch.cat((cls, token), dim=1), layer=self.layer)
             return feat_WTD[:, 1:].to(self._compute)
+
+
+def _machine(device: torch.device) -> dict[str, str | int]:
+    """What of a device decides the last bits of its sums."""
+    if device.type == "cuda":
+        return {"device": f"cuda:{torch.cuda.get_device_name(device)}"}
+    return {
+        "device": device.type,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def random_model(config: NTv2Config, *, seed: int, head: Head = "none") -> NTv2:
