@@ -265,7 +265,10 @@ def test_a_part_killed_at_any_step_is_missing_never_torn_and_made_again_the_same
         writer.clear_temporaries(folder, part)
         make(folder, part, sound)
 
-        assert files(folder, work=True) == expected, step
+        # A receipt killed aside goes with `.work/`, at the seal.
+        found = files(folder, work=True)
+        found = {key: raw for key, raw in found.items() if ".work/00001.json." not in key}
+        assert found == expected, step
         step += 1
     assert step > 15
     # Once there, it stays; and it is there only when all but the last sync is done.
