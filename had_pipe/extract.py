@@ -423,16 +423,20 @@ def _repair(path: Path, plan: Plan, plan_again: Callable[[Path], Plan], report: 
 def _mend_planned(path: Path, plan: Plan, plan_again: Callable[[Path], Plan]) -> None:
     """Put objects made at plan time, made once more, in the place of those that differ."""
     aside = path / layout.WORK / "again"
-    remade = plan_again(aside)
-    if remade.id != plan.id:
-        raise CacheCorrupt(
-            f"{path}: what was made at plan time is damaged, and planning again gives another plan "
-            "(another kind of device, or other versions, calibrate otherwise); copy these objects "
-            "again, or repair where the cache was made"
-        )
-    integrity.restore_planned(path, plan, aside)
     with storage(aside):
-        shutil.rmtree(aside)
+        if aside.exists():  # a killed repair left it, perhaps one that calibrates otherwise
+            shutil.rmtree(aside)
+    try:
+        remade = plan_again(aside)
+        if remade.id != plan.id:
+            raise CacheCorrupt(
+                f"{path}: what was made at plan time is damaged, and planning again gives another "
+                "plan (another kind of device, or other versions, calibrate otherwise); copy these "
+                "objects again, or repair where the cache was made"
+            )
+        integrity.restore_planned(path, plan, aside)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def summary(path: Path, *, made: int, windows: int, seconds: float) -> ExtractSummary:

@@ -23,7 +23,7 @@ from numpy_teacher import NumpyTeacher
 from test_corpus import random_letters, write_fasta
 
 from had_pipe.cache import Cache, Plan, integrity, layout
-from had_pipe.errors import CacheCorrupt, CacheError, HadPipeError
+from had_pipe.errors import CacheCorrupt, CacheError, HadPipeError, Interrupted
 from had_pipe.extract import extract
 from had_pipe.recipe import Recipe
 
@@ -552,6 +552,24 @@ def test_where_planning_again_gives_something_else_nothing_is_touched(sample: Sa
         extract(sample.recipe, repair=True, teacher=Recalibrated())
     after = {key: raw for key, raw in tree(sample.path).items() if not key.startswith(".work")}
     assert after == before
+    # What was tried there is not taken for what is right, by whoever can mend it.
+    extract(sample.recipe, repair=True, teacher=NumpyTeacher())
+    assert tree(sample.path) == sample.files
+
+
+def test_what_a_killed_repair_planned_elsewhere_is_not_put_in_place(sample: Sample) -> None:
+    (sample.path / layout.MANIFEST).unlink()
+    again = sample.path / layout.WORK / "again"
+    moved = {**sample.recipe.cache.model_dump(), "path": again}
+    elsewhere = sample.recipe.model_copy(update={"cache": type(sample.recipe.cache)(**moved)})
+    with pytest.raises(Interrupted):
+        extract(elsewhere, teacher=Recalibrated(), stopping=lambda: True)
+    key = "data.zarr/train/0/mask/c/0/0"
+    (sample.path / key).write_bytes(sample.files[key][:-1])
+
+    extract(sample.recipe, repair=True, teacher=NumpyTeacher())
+
+    assert tree(sample.path) == sample.files
 
 
 def test_a_folder_of_what_was_planned_behind_a_link_is_not_written_through(
