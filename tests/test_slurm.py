@@ -51,6 +51,29 @@ def test_jobs_are_warned_in_time_and_may_come_back(name: str) -> None:
     assert asked["gres"] == "gpu:1"
 
 
+@pytest.mark.parametrize(
+    ("given", "finish"),
+    [
+        ([], []),
+        (["--array=1-4"], []),
+        (["--array", "1-4", "--partition=gpu"], ["--partition=gpu"]),
+        (["-p", "gpu", "-a", "1-4", "-A", "lab"], ["-p", "gpu", "-A", "lab"]),
+        (["-a1-4", "--time=1:00"], ["--time=1:00"]),
+    ],
+)
+def test_the_job_that_finishes_is_none_of_the_array(
+    tmp_path: Path, given: list[str], finish: list[str]
+) -> None:
+    (tmp_path / "sbatch").write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\necho 7\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([SLURM / "submit.sh", "r", "c", *given], env=environment, check=True)
+    array, last = (line.split() for line in (tmp_path / "asked").read_text().splitlines())
+    assert array == ["--parsable", *given, str(SLURM / "extract.sbatch"), "r"]
+    script = str(SLURM / "finish.sbatch")
+    assert last == ["--parsable", *finish, "--dependency=afterany:7", script, "r", "c"]
+
+
 # A queue of one machine: jobs run one after another, are warned once, and come back when they ask.
 
 FAKE = r"""

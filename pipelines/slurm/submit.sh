@@ -12,12 +12,19 @@ here=$(cd "$(dirname "$0")" && pwd)
 
 array=$(sbatch --parsable "$@" "$here/extract.sbatch" "$recipe")
 others=()
+skip=
 for option in "$@"; do
+    if [ -n "$skip" ]; then
+        skip=
+        continue
+    fi
     case $option in
-        --array=*) ;;
+        --array=* | -a?*) ;;
+        --array | -a) skip=yes ;;
         *) others+=("$option") ;;
     esac
 done
-finish=$(sbatch --parsable "${others[@]}" --dependency="afterany:${array%%;*}" \
+# Before 4.4, bash takes an empty array for an unset one.
+finish=$(sbatch --parsable ${others[@]+"${others[@]}"} --dependency="afterany:${array%%;*}" \
     "$here/finish.sbatch" "$recipe" "$cache")
 echo "array $array, then $finish"
