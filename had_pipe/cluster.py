@@ -667,14 +667,13 @@ class _Making:
 
     def _deal_out(self) -> None:
         if self._stopping():
-            self._waiting.clear()
-            self._held.clear()
-            if not self._out:
+            if not self._out or not self._crew.workers:  # nothing is in anybody's work
                 missing = len(integrity.missing_parts(self._path, self._plan))
                 raise Interrupted(
                     f"{self._path}: stopped after the parts in work; {missing:,} of "
                     f"{self._plan.part_count:,} are still to be made: run the same command again"
                 )
+            return
         if not self._waiting and not self._out:
             # Nothing else is left: wait for others, and take over from whoever went silent.
             for case in self._held:

@@ -29,9 +29,18 @@ from numpy_teacher import NumpyTeacher
 from test_corpus import write_fasta
 from test_extract import a_recipe, assert_same_bytes
 
+from had_pipe import cluster as cluster_module
 from had_pipe import hold
 from had_pipe.cache import Cache, Part, integrity
-from had_pipe.cluster import ATTEMPTS, Attempt, Attempts, Bench, Told, extract_on_cluster
+from had_pipe.cluster import (
+    ATTEMPTS,
+    Attempt,
+    Attempts,
+    Bench,
+    Told,
+    _Making,
+    extract_on_cluster,
+)
 from had_pipe.errors import (
     CacheMismatch,
     Interrupted,
@@ -255,6 +264,41 @@ def test_a_scheduler_is_an_address_or_a_file(place: Place, scheduler: str) -> No
         extract_on_cluster(place.recipe, scheduler=scheduler)
     with pytest.raises(RecipeError, match="--workers 0: expected at least 1"):
         extract_on_cluster(place.recipe, workers=0)
+
+
+class Crew:
+    """As many workers as are named, who make everything at once, and write nothing."""
+
+    def __init__(self, path: Path, *workers: str) -> None:
+        self.path, self.workers = path, workers
+        self._out: list[object] = []
+
+    def send(self, *_: object, **__: object) -> object:
+        self._out.append(object())
+        return self._out[-1]
+
+    def next(self) -> object | None:
+        return self._out.pop(0) if self.workers else None
+
+    def result(self, _: object) -> Told:
+        return Told("made")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(("workers", "made"), [((), 0), (("here",), 3)])
+def test_asked_to_stop_it_deals_out_no_more_and_tells_of_what_is_made_alone(
+    place: Place, monkeypatch: pytest.MonkeyPatch, workers: tuple[str, ...], made: int
+) -> None:
+    monkeypatch.setattr(cluster_module, "_LOOK_SECONDS", 0.0)
+    told: list[Progress] = []
+    asked = iter([False])  # once parts were dealt out: stop
+    crew = cast(Any, Crew(place.path, *workers))
+    plan = Cache.open(place.path, incomplete=True).plan
+    making = _Making(crew, plan, lambda: next(asked, True), told.append)
+    with pytest.raises(Interrupted, match=r"12 of 12 are still to be made"):
+        making.run()
+    assert told[-1].done == made * PART
+    assert told[-1].total == 12 * PART
 
 
 # On clusters
