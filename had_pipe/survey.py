@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from had_pipe import corpus
-from had_pipe.cache import Plan, Statistics, integrity, layout
+from had_pipe.cache import Part, Plan, Statistics, integrity, layout
 from had_pipe.cache.codec import CodecName, calibrate
 from had_pipe.cache.reader import expected_keys
 from had_pipe.dna.windows import REST
@@ -137,9 +137,14 @@ def survey(
     losses = _losses(probe.sample, list(plans), teacher, given, report)
     files = len(expected_keys(plan)) + 1  # and the manifest
     costs = {name: _cost(outline, losses.get(name)) for name, outline in plans.items()}
+    state, left = _state(asked, references, teacher, given)
+    if left is None:
+        needed, needed_files = costs[asked.cache.codec].nbytes, files
+    else:
+        needed, needed_files = plan.shards_nbytes(left), len(left) * (len(plan.signals) + 1)
     return Survey(
         cache=asked.cache.path,
-        state=_state(asked, references, teacher, given),
+        state=state,
         teacher=described_teacher(teacher, asked.teacher),
         genomes=[reference.described for reference in references],
         windows=coverage.windows,
@@ -153,7 +158,7 @@ def survey(
         kmers=windows * asked.windows.kmers,
         stored_groups=windows * asked.windows.stored,
         channels=teacher.channels,
-        parts=sum(1 for _ in plan.parts()),
+        parts=plan.part_count,
         files=files,
         codec=asked.cache.codec,
         codecs=dict(sorted(costs.items(), key=lambda cost: -cost[1].group_nbytes)),
@@ -166,7 +171,7 @@ def survey(
         seconds=windows / probe.windows_per_second,
         licence=asked.cache.licence or teacher.licence,
         licence_implies=_implied(asked.cache.licence or teacher.licence),
-        notes=_notes(asked, needed=costs[asked.cache.codec].nbytes, files=files),
+        notes=_notes(asked, needed=needed, files=needed_files),
     )
 
 
@@ -319,18 +324,20 @@ def _state(
     references: Sequence[corpus.Reference],
     teacher: Teacher,
     given: Statistics | None,
-) -> str:
+) -> tuple[str, Sequence[Part] | None]:
+    """How far the cache is, and the parts still to be made; None where it is not this recipe's."""
     path = asked.cache.path
     if not (path / layout.PLAN).exists():
-        return "new"
+        return "new", None
     try:
         plan = check_same(path, describe(asked, references, teacher), given)
     except CacheMismatch:
-        return "another recipe's: extract-teacher refuses it"
+        return "another recipe's: extract-teacher refuses it", None
     if (path / layout.MANIFEST).exists():
-        return "finished"
-    total = sum(1 for _ in plan.parts())
-    return f"begun: {total - len(integrity.missing_parts(path, plan)):,} of {total:,} parts"
+        return "finished", ()
+    total = plan.part_count
+    left = integrity.missing_parts(path, plan)
+    return f"begun: {total - len(left):,} of {total:,} parts", left
 
 
 # What it implies
@@ -375,7 +382,7 @@ def _notes(asked: Job, *, needed: int, files: int) -> list[str]:
         )
     if places is not None and files > places:
         notes.append(
-            f"too few inodes: the cache has {files:,} files, the file system takes {places:,} "
+            f"too few inodes: {files:,} files are to be made, the file system takes {places:,} "
             "more; extract-teacher refuses to begin. Larger parts ([cache] part) are fewer files"
         )
     if asked.windows.stride < asked.windows.bases:

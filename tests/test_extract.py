@@ -1047,6 +1047,25 @@ def test_how_far_an_unfinished_cache_is_is_told(genome: Path, whole: Path, tmp_p
     assert stamps(path) == before
 
 
+def test_room_is_asked_for_what_is_still_to_be_made_and_no_more(
+    genome: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, usage = tmp_path / "cache", namedtuple("usage", "total used free")
+    unfinished(genome, path, whole)
+    plan = Cache.open(whole).plan
+    needed = plan.shards_nbytes([Part("valid", 0, 1)])
+    for folder, free, short in (
+        (tmp_path / "new", needed, True),
+        (path, needed - 1, True),
+        (path, needed, False),
+        (whole, 0, False),
+    ):
+        told_free = usage(10**6, 10**6, free)
+        monkeypatch.setattr("shutil.disk_usage", lambda _, told_free=told_free: told_free)
+        notes = told_of(a_recipe(genome, folder), NumpyTeacher()).notes
+        assert any("too little room" in note for note in notes) == short, folder
+
+
 def test_the_probe_measures_the_teacher(genome: Path, tmp_path: Path) -> None:
     told = told_of(a_recipe(genome, tmp_path / "cache"), NumpyTeacher(seconds=0.02))
     assert 100 < told.windows_per_second < 16 / 0.02
@@ -1058,9 +1077,10 @@ def test_what_a_person_should_know_is_noted(genome: Path, tmp_path: Path) -> Non
     recipe = a_recipe(
         genome, tmp_path / "cache", windows={"stride": 42}, genome={"sensitive": True}
     )
-    notes = told_of(recipe, NumpyTeacher(licence="CC-BY-NC-SA-4.0")).notes
-    for word in ("non-commercial", "up to 2 times", "sensitive"):
-        assert sum(word in note for note in notes) == 1
+    told = told_of(recipe, NumpyTeacher(licence="CC-BY-NC-SA-4.0"))
+    assert "marked non-commercial like the teacher" in told.licence_implies
+    for word in ("up to 2 times", "sensitive"):
+        assert sum(word in note for note in told.notes) == 1
     assert not told_of(a_recipe(genome, tmp_path / "cache"), NumpyTeacher()).notes
 
 
