@@ -745,6 +745,14 @@ STORES: Mapping[str, tuple[Change, str]] = {
         attributes(lambda group: group["attributes"].update(fidelity={"a": float("nan")})),
         "not the JSON of a Zarr group",
     ),
+    "fidelity of more digits than a number has": (
+        attributes(lambda group: group["attributes"].update(fidelity={"a": 10**400})),
+        "not the JSON of a Zarr group",
+    ),
+    "fidelity beyond any number": (
+        raw(ROOT, b'{"attributes":{"fidelity":{"a":1e400}}}', forged=True),
+        "not the JSON of a Zarr group",
+    ),
     "attributes are a fifo": (special(ROOT, "fifo"), "zarr.json: expected an ordinary file"),
     # windows.parquet
     "table that is none": (raw(TABLE, b"PAR1 and some more PAR1", forged=True), "windows.parquet"),

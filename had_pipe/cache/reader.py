@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -238,7 +239,12 @@ class Cache:
         key = f"{DATA}/zarr.json"
         limit = _LARGEST_ATTRIBUTES + 256 * self.plan.teacher.channels
         try:
-            group = json.loads(self._object(key, limit=limit), parse_constant=_no_constant)
+            group = json.loads(
+                self._object(key, limit=limit),
+                parse_constant=_no_constant,
+                parse_float=_finite,
+                parse_int=_short,
+            )
             attributes = group["attributes"]
             if not isinstance(attributes, dict):
                 raise TypeError("attributes that are no object")
@@ -527,6 +533,19 @@ def _remedy(cache: Path) -> str:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:20]} is beyond any number")
+    return number
+
+
+def _short(text: str) -> int:
+    if len(text) > 20:  # no float could hold it, nor does anything count so far
+        raise ValueError(f"{text[:20]}... has too many digits")
+    return int(text)
 
 
 def _inside(rows: npt.NDArray[np.int64], count: int) -> bool:
