@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from had_pipe.cache import Block, Cache, Part, Plan, integrity
+from had_pipe.cache.codec import STD_FLOOR
 from had_pipe.cache.reader import GroupLocus
 from had_pipe.draws import Purpose, permutation
 from had_pipe.errors import CacheMismatch, RecipeError
@@ -41,6 +42,15 @@ _MOSTLY = 0.9
 
 _SOURCE_ERROR: Mapping[str, float] = {"exact": 0.0, "int8": 0.05, "compact": 0.5, "tiny": 1.0}
 """Of a recoded cache: what its source's codec may have lost of a group, as a share of its norm."""
+
+_ENOUGH = 16
+"""Windows from which on codec and statistics are judged too: on fewer, channels may stand still."""
+
+_NOTHING = 0.95
+"""A loss, in units of a channel's std, of vectors that tell nothing: the mean has 1."""
+
+_OTHERWISE = 3.0, 10.0
+"""A mean off by so many stds, or a std off by such a factor, is of other vectors than these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +91,21 @@ class Audit:
     limit: float
     worst_cosine: float
     """The least of all groups, less what the codec loses."""
+    loss: float
+    """A channel's root mean square error, decoded against the teacher, in units of its std on these
+    windows, averaged over channels: nothing that the cache says of itself is in it."""
+    loss_said: float
+    """What the cache says of it; of a recoded one, against its source."""
+    source_codec: str | None
+    """Of a recoded cache: the codec that it came by way of."""
     failures: tuple[Failure, ...]
+    doubts: tuple[str, ...]
+    """What else is not as the cache says: of all windows together."""
     seconds: float
 
     @property
     def passed(self) -> bool:
-        return not self.failures
+        return not (self.failures or self.doubts)
 
     def share_found(self, share: float) -> float:
         """The chance that an audit like this meets at least one of so large a share of windows."""
@@ -109,6 +128,9 @@ def audit(
     the plan says. Windows are drawn by `seed`: whoever made the cache must not know it. Raises
     CacheMismatch where weights, layer or size are not those the cache was planned for, which says
     more than any window; what windows fail stands in the result.
+
+    Each window is held against what the cache's codec and statistics make of the teacher's vectors;
+    all together against the vectors themselves, since these too may be a lie.
     """
     assert windows > 0
     cache = Cache.open(path)
@@ -155,6 +177,11 @@ def audit(
         else:
             continue
         failures.append(_failure(cache, one, found))
+    told = cache.fidelity.get("channel_rmse")
+    said = max(float(told), 0.0) if isinstance(told, int | float) else 0.0
+    # The source's loss comes on top, and what the two classes of arithmetic may differ by.
+    most = 2 * said + _SOURCE_ERROR[by_way_of] + float(np.sqrt(2 * (1 - limit)))
+    whole = again.whole
     return Audit(
         path=path,
         cache_id=cache.id,
@@ -169,7 +196,11 @@ def audit(
         equal_windows=equal,
         limit=limit,
         worst_cosine=min(one.cosine for one in seen),
+        loss=whole.loss,
+        loss_said=said,
+        source_codec=plan.source.codec if plan.source is not None else None,
         failures=tuple(failures),
+        doubts=tuple(whole.doubts(cache, most)) if len(places) >= _ENOUGH else (),
         seconds=time.monotonic() - begun,
     )
 
@@ -243,12 +274,61 @@ class _Seen:
     group: int
 
 
+class _Whole:
+    """All vectors looked at, by channel, in the teacher's own units."""
+
+    def __init__(self, channels: int) -> None:
+        self._groups = 0
+        self._sum_D, self._square_D, self._error_D = np.zeros((3, channels))
+
+    def add(self, x_WGD: npt.NDArray[np.float32], decoded_WGD: npt.NDArray[np.float32]) -> None:
+        """The teacher's vectors, and the stored ones decoded."""
+        finite = np.isfinite(x_WGD).all(axis=-1)  # others fail by themselves
+        x = x_WGD[finite].astype(np.float64)
+        error = np.nan_to_num(decoded_WGD[finite]) - x
+        self._groups += len(x)
+        self._sum_D += x.sum(axis=0)
+        self._square_D += (x**2).sum(axis=0)
+        self._error_D += (error**2).sum(axis=0)
+
+    @property
+    def _mean_std(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        groups = max(1, self._groups)
+        mean = self._sum_D / groups
+        std = np.sqrt(np.maximum(self._square_D / groups - mean**2, 0.0))
+        return mean, np.maximum(std, max(STD_FLOOR * float(np.median(std)), 1e-12))
+
+    @property
+    def loss(self) -> float:
+        """As `Audit` has it."""
+        _, std = self._mean_std
+        return float((np.sqrt(self._error_D / max(1, self._groups)) / std).mean())
+
+    def doubts(self, cache: Cache, most: float) -> Iterator[str]:
+        """What is not as the cache says; `most`: the loss that it may have."""
+        if not self.loss <= min(most, _NOTHING):
+            yield (
+                f"what is stored is off by {self.loss:.3g} of a channel's std, expected at most "
+                f"{min(most, _NOTHING):.3g} by what the cache says of its codec"
+            )
+        mean, std = self._mean_std
+        off = float(np.sqrt((((cache.mean - mean) / std) ** 2).mean()))
+        factor = float(np.median(cache.std / std))
+        furthest, largest = _OTHERWISE
+        if self._groups and not (off <= furthest and 1 / largest <= factor <= largest):
+            yield (
+                f"its mean is {off:.3g} stds from that of these windows, its std {factor:.3g} "
+                f"times theirs; expected at most {furthest:g}, and a factor below {largest:g}"
+            )
+
+
 class _Again:
     """The teacher at work on windows of a cache once more."""
 
     def __init__(self, cache: Cache, teacher: Teacher, batch: int, by_way_of: str) -> None:
         self._cache, self._teacher, self._batch = cache, teacher, batch
         self._source_error = _SOURCE_ERROR[by_way_of]
+        self.whole = _Whole(cache.plan.teacher.channels)
 
     def look(self, places: Sequence[_Place]) -> list[_Seen]:
         """Windows from anywhere, embedded together."""
@@ -258,7 +338,13 @@ class _Again:
             rows = np.array([place.row])
             self._cache.read(place.part.split, place.part.view, rows, one)
             _put(block, number, one)
-        return self._compare(places, block)
+        x = self._embedded(block)
+        with np.errstate(all="ignore"):  # whatever a stranger's numbers come to
+            decoded = self._cache.codec.decode(
+                block.value, block.scale, self._cache.mean, self._cache.std
+            )
+            self.whole.add(x, decoded)
+        return self._compare(places, block, x)
 
     def as_made(self, place: _Place) -> _Seen:
         """One window among those that it was embedded with."""
@@ -268,10 +354,12 @@ class _Again:
         rows = np.arange(start, min(start + self._batch, first + plan.part_windows(part)))
         block = self._cache.allocate(len(rows))
         self._cache.read(part.split, part.view, rows, block)
-        return self._compare([_Place(part, row) for row in rows.tolist()], block)[place.row - start]
+        places = [_Place(part, row) for row in rows.tolist()]
+        return self._compare(places, block, self._embedded(block))[place.row - start]
 
-    def _compare(self, places: Sequence[_Place], block: Block) -> list[_Seen]:
-        cache, plan = self._cache, self._cache.plan
+    def _embedded(self, block: Block) -> npt.NDArray[np.float32]:
+        """What the teacher says of a block's windows."""
+        plan = self._cache.plan
         embedding = embed_batch(
             self._teacher,
             block.kmer_id,
@@ -281,7 +369,13 @@ class _Again:
             shown=plan.teacher.input,
             batch=self._batch,
         )
-        x = to_numpy(embedding).astype(np.float32)
+        x: npt.NDArray[np.float32] = to_numpy(embedding).astype(np.float32)
+        return x
+
+    def _compare(
+        self, places: Sequence[_Place], block: Block, x: npt.NDArray[np.float32]
+    ) -> list[_Seen]:
+        cache = self._cache
         with np.errstate(invalid="ignore"):  # what is not finite is told, not warned of
             value, scale = cache.codec.encode(x, cache.mean, cache.std)
             equal = _same_bytes(value, block.value)

@@ -15,7 +15,8 @@ from numpy_teacher import NumpyTeacher
 
 from had_pipe.audit import Audit, audit
 from had_pipe.cache import Block, Cache, Codec, Part, integrity, layout, writer
-from had_pipe.cache.recode import recode
+from had_pipe.cache.codec import Statistics
+from had_pipe.cache.recode import _splits, recode
 from had_pipe.dna.kmers import LETTERS, reverse_complement
 from had_pipe.dna.reference import read_contigs
 from had_pipe.errors import CacheIncomplete, CacheMismatch, RecipeError
@@ -92,6 +93,8 @@ def test_an_honest_cache_passes_byte_for_byte(caches: dict[str, Path], codec: st
     assert found.windows_total == sum(plan.part_windows(part) for part in plan.parts())
     assert (found.parts, found.parts_total) == (plan.part_count, plan.part_count)
     assert found.worst_cosine == 1.0
+    assert found.doubts == ()
+    assert found.loss == pytest.approx(found.loss_said, rel=0.5)
     assert {path: path.stat().st_mtime_ns for path in caches[codec].rglob("*")} == before
 
 
@@ -241,6 +244,94 @@ def test_a_teacher_that_says_nan_now_fails_where_it_says_so(cache: Path) -> None
 
     assert {(f.split, f.row) for f in found.failures} <= {("train", 27)}
     assert all(failure.cosine == -1 for failure in found.failures)
+
+
+def forged(
+    source: Path,
+    target: Path,
+    *,
+    codec: str,
+    statistics: Statistics,
+    said: float = 0.0,
+    by_way_of: str | None = None,
+) -> Path:
+    """A sealed cache of a true one's windows in which every vector is 0, or true of `exact`."""
+    opened = Cache.open(source)
+    described = opened.plan.model_dump(mode="json")
+    for follows in ("splits", "statistics", "contents"):
+        del described[follows]
+    if by_way_of is not None:
+        described["source"] = {"cache": "0" * 64, "codec": by_way_of}
+    (target / layout.WORK).mkdir(parents=True)
+    plan = writer.create(
+        target,
+        described={**described, "codec": codec},
+        splits=_splits(opened),
+        statistics=statistics,
+        fidelity={"channel_rmse": said},
+    )
+    numerics = opened.receipt(TRAIN).numerics
+    for part in plan.parts():
+        rows = np.arange(plan.part_windows(part)) + part.number * plan.part
+        block = opened.allocate(len(rows))
+        opened.read(part.split, part.view, rows, block)
+        x = block.value if by_way_of is None and codec == "exact" else block.value * 0
+        stored = Codec(plan.codec, "float32").encode(x, statistics.mean, statistics.std)
+        with writer.PartWriter(target, plan, part, numerics=numerics) as out:
+            out.append(*(array for array in stored if array is not None))
+            out.sync()
+            out.commit()
+    integrity.seal(target)
+    assert integrity.verify(target).problems == ()
+    return target
+
+
+def test_a_codec_that_keeps_nothing_is_found_though_the_bytes_are_what_it_makes(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    true = Cache.open(caches["exact"])
+    wide = Statistics(np.zeros_like(true.mean), np.full_like(true.std, 1e30))
+    path = forged(caches["exact"], tmp_path / "cache", codec="int8", statistics=wide)
+
+    found = audit(path, NumpyTeacher(), windows=64)
+
+    assert (found.equal_windows, found.failures, found.passed) == (64, (), False)
+    assert found.loss > 0.95
+    assert "off by" in found.doubts[0]
+
+
+def test_a_source_that_is_said_to_have_lost_all_excuses_no_empty_vectors(
+    caches: dict[str, Path], tmp_path: Path
+) -> None:
+    true = Cache.open(caches["exact"])
+    path = forged(
+        caches["exact"],
+        tmp_path / "cache",
+        codec="exact",
+        statistics=Statistics(true.mean, true.std),
+        by_way_of="tiny",
+        said=1e9,
+    )
+
+    found = audit(path, NumpyTeacher(), windows=64)
+
+    assert (found.passed, found.source_codec, found.loss_said) == (False, "tiny", 1e9)
+
+
+@pytest.mark.parametrize(("shift", "factor"), [(5.0, 1.0), (0.0, 20.0), (0.0, 0.05)])
+def test_statistics_of_other_vectors_are_found_beside_true_ones(
+    caches: dict[str, Path], tmp_path: Path, shift: float, factor: float
+) -> None:
+    true = Cache.open(caches["exact"])
+    false = Statistics(true.mean + np.float32(shift) * true.std, true.std * np.float32(factor))
+    path = forged(caches["exact"], tmp_path / "cache", codec="exact", statistics=false)
+
+    found = audit(path, NumpyTeacher(), windows=64)
+
+    assert (found.loss, found.equal_windows, found.failures) == (0, 64, ())
+    assert not found.passed
+    (doubt,) = found.doubts
+    assert "stds from that of these windows" in doubt
 
 
 # Honest differences

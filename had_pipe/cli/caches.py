@@ -354,6 +354,8 @@ def audit(
     else:
         print_facts(_audit_facts(found, drawn))
     if not found.passed:
+        if not found.failures:
+            raise CacheCorrupt(f"{path}: not what the teacher says: {found.doubts[0]}")
         failed = count(len(found.failures), "window")
         raise CacheCorrupt(f"{path}: {failed} of {found.windows:,} not what the teacher says")
 
@@ -384,7 +386,15 @@ def _audit_facts(found: Audit, seed: int) -> list[tuple[str, str]]:
             f"if one window in a hundred were false, an audit of so many would meet one with "
             f"{found.share_found(0.01):.0%}",
         ),
-        *continued("failed", [_failure(failure) for failure in found.failures] or ["none"]),
+        (
+            "",
+            f"off by {found.loss:.3g} of a channel's std; the cache says {found.loss_said:.3g}"
+            + (f", against its source, {found.source_codec}" if found.source_codec else ""),
+        ),
+        *continued(
+            "failed",
+            [*map(_failure, found.failures), *found.doubts] or ["none"],
+        ),
     ]
 
 
