@@ -417,7 +417,9 @@ def _repair(path: Path, plan: Plan, plan_again: Callable[[Path], Plan], report: 
             + "; ".join(str(problem) for problem in beyond[:3])
         )
     if parts:
-        integrity.forget(path, parts)
+        # Whoever is sealing has seen their receipts.
+        with waiting(lock_of(path, "seal")):
+            integrity.forget(path, parts)
 
 
 def _mend_planned(path: Path, plan: Plan, plan_again: Callable[[Path], Plan]) -> None:

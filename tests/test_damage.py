@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from test_corpus import random_letters, write_fasta
 from had_pipe.cache import Cache, Plan, integrity, layout
 from had_pipe.errors import CacheCorrupt, CacheError, HadPipeError, Interrupted
 from had_pipe.extract import extract
+from had_pipe.progress import Progress
 from had_pipe.recipe import Recipe
 
 BASES, PART = 30, 12
@@ -504,6 +506,41 @@ def test_repair_makes_exactly_the_damaged_parts_again(sample: Sample) -> None:
 
 def keys_of(sample: Sample, part: layout.Part) -> list[str]:
     return [part.receipt_key, *(part.shard_key(signal) for signal in sample.plan.signals)]
+
+
+@pytest.mark.timeout(120)
+def test_a_repair_while_another_seals_leaves_no_seal_on_what_it_took_back(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sample.path / layout.MANIFEST).unlink()
+    (sample.path / sample.shards[0]).write_bytes(bytes(len(sample.files[sample.shards[0]])))
+    about_to_seal, taken_back = threading.Event(), threading.Event()
+
+    def wait_at_the_seal(progress: Progress) -> None:
+        if progress.what == "sealing":
+            about_to_seal.set()
+            taken_back.wait(1)
+
+    sealing = threading.Thread(
+        target=extract,
+        args=(sample.recipe,),
+        kwargs={"teacher": NumpyTeacher(), "report": wait_at_the_seal},
+    )
+    forget = integrity.forget
+
+    def forget_and_dawdle(*what: Any) -> None:
+        forget(*what)
+        taken_back.set()
+        sealing.join()
+
+    monkeypatch.setattr(integrity, "forget", forget_and_dawdle)
+    sealing.start()
+    assert about_to_seal.wait(60)
+
+    made = extract(sample.recipe, repair=True, teacher=NumpyTeacher())
+
+    assert made.parts_made == 1
+    assert tree(sample.path) == sample.files
 
 
 PLANNED = (
