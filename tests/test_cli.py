@@ -364,7 +364,7 @@ def test_two_caches_are_compared(cache: Path, tmp_path: Path) -> None:
 
     assert had_pipe("cache", "recode", cache, recoded, "--codec", "exact").exit_code == 0
     shown = had_pipe("cache", "compare", cache, recoded).stdout
-    assert "verdict     b was recoded from a: no more than the codec differs" in shown
+    assert "verdict     by its plan b was recoded from a; see above how far apart they are" in shown
     assert "train/0: 64 windows, 0 of equal bytes; relative error 0; " in shown
 
     build_cache(other, windows=64, part=32, seed=1)

@@ -223,6 +223,11 @@ class Plan(_Document):
         """What a recipe decides, flat: key -> value. Two plans of one meaning are one cache."""
         return meaning(self.model_dump(mode="json"))
 
+    @property
+    def made_by(self) -> str:
+        """The command that makes a cache of this plan."""
+        return "had-pipe extract-teacher" if self.source is None else "had-pipe cache recode"
+
     def parts(self) -> Iterator[Part]:
         """Every part of the cache, split by split, view by view."""
         for split, of_split in self.splits.items():

@@ -136,10 +136,9 @@ class Cache:
             receipts = path / RECEIPTS
             walked = () if receipts.is_symlink() else os.walk(receipts)
             found = sum(len(files) for _, _, files in walked)
-            made_by = "extract-teacher" if plan.source is None else "cache recode"
             raise CacheIncomplete(
                 f"{path}: not finished: {found:,} of {plan.part_count:,} parts are there and no "
-                f"manifest. Run the same `had-pipe {made_by}` command again to finish it"
+                f"manifest. Run the same `{plan.made_by}` command again to finish it"
             )
         if manifest is not None:
             _agree(path, manifest, plan)
@@ -307,7 +306,7 @@ class Cache:
         if not self.has(part):
             raise CacheIncomplete(
                 f"{self.path}: part {part} is not there yet; run the same "
-                "`had-pipe extract-teacher` command again to make it"
+                f"`{self.plan.made_by}` command again to make it"
             )
         limit = receipt_limit(self.plan, part)
         receipt = parse_receipt(self.path, part, self._object(part.receipt_key, limit=limit))

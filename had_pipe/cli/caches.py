@@ -94,7 +94,7 @@ def inspect(
     else:
         state = (
             f"not sealed: {missing:,} of {count(parts, 'part')} missing; run the same "
-            "extract-teacher command again"
+            f"`{cache.plan.made_by}` command again"
         )
     print_facts(
         [
@@ -290,8 +290,8 @@ def verify(
     if not found.sealed:
         # A copy whose manifest did not arrive looks the same, and must not pass for a whole cache.
         raise CacheIncomplete(
-            f"{path}: nothing is damaged so far, but there is no manifest: run the same "
-            "extract-teacher command again to finish it, or copy the cache again"
+            f"{path}: nothing is damaged so far, but there is no manifest: run the command that "
+            "was making it again to finish it, or copy the cache again"
         )
 
 
@@ -430,7 +430,7 @@ def compare(
     elif found.equal:
         verdict = "every window is in both, stored as the same bytes"
     elif _is_recoded(found):
-        verdict = "b was recoded from a: no more than the codec differs"
+        verdict = "by its plan b was recoded from a; see above how far apart they are"
     else:
         verdict = "they differ"
     print_facts(
@@ -451,9 +451,14 @@ def compare(
 def _is_recoded(found: Comparison) -> bool:
     differing = {key.key: key.b for key in found.meaning}
     of_codec = all(key.key.startswith("statistics/") for key in found.contents)
-    return of_codec and (
-        set(differing) == {"codec", "source.cache", "source.codec"}
-        and differing["source.cache"] == found.a.cache_id
+    whole = not (found.only_in_a or found.only_in_b)
+    return (
+        of_codec
+        and whole
+        and (
+            set(differing) == {"codec", "source.cache", "source.codec"}
+            and differing["source.cache"] == found.a.cache_id
+        )
     )
 
 
