@@ -113,7 +113,8 @@ def recode(
     if (source / ARCHIVE).exists():
         return _unpack(source, target, codec, repair, begun, report)
     if codec not in TARGETS:
-        raise RecipeError(f"--codec {codec}: expected one of {', '.join(TARGETS)}")
+        asked = "no --codec" if codec is None else f"--codec {codec}"
+        raise RecipeError(f"{asked}: expected one of {', '.join(TARGETS)}")
     if codec == "archive":
         return _pack(source, target, repair, begun, report)
     return _recode(Cache.open(source), target, cast(CodecName, codec), repair, begun, report)
