@@ -785,6 +785,12 @@ def test_a_log_has_the_end_of_each_piece_of_work_at_once() -> None:
         ["validating", "3 of 100 steps"],
         ["validating", "100 of 100 steps"],
     ]
+    for _ in range(4):  # what is still to be put away says so again
+        lines(a_moment(100, what="validating"))
+    assert len(said) == 4
+    lines(a_moment(1, total=2))
+    lines(a_moment(2, total=2))
+    assert [line.split("  ")[1] for line in said[-2:]] == ["1 of 2 steps", "2 of 2 steps"]
 
 
 def test_a_line_of_progress_has_rate_time_left_and_facts() -> None:

@@ -325,7 +325,8 @@ def audit(
 
     How one lab checks another's cache: `verify` proves that it is as it was sealed, this that what
     was sealed is true. Needs the teacher, no genome. On the same class of arithmetic stored bytes
-    must be equal, on another one close. The exit code is 4 where a window fails.
+    must be equal, on another one close; and all together no further off than the cache says its
+    codec loses. The exit code is 4 where one window fails, or all of them together.
     """
     from secrets import randbits
 

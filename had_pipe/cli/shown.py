@@ -162,17 +162,20 @@ class Lines:
         self._say, self._clock = say, clock
         self._what = ""
         self._said_at = 0.0
+        self._ended = False
         self._unsaid: Progress | None = None
 
     def __call__(self, progress: Progress) -> None:
         now = self._clock()
         if progress.what != self._what:
             self.finish()
-            self._what, self._said_at = progress.what, now - 60
+            self._what, self._said_at, self._ended = progress.what, now - 60, False
         self._unsaid = progress
-        if now - self._said_at >= 60 or 0 < progress.total <= progress.done:
+        ended = 0 < progress.total <= progress.done
+        if now - self._said_at >= 60 or (ended and not self._ended):
             self.finish()
             self._said_at = now
+        self._ended = ended
 
     def finish(self) -> None:
         """Say the last moment, unless it was said."""
