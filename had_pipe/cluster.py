@@ -132,21 +132,39 @@ def _client(workers: int | None, scheduler: str | None) -> Iterator[Client]:
             yield client
         return
     assert scheduler is not None
-    is_file = Path(scheduler).is_file()
-    if not is_file and ":" not in scheduler:
-        raise RecipeError(
-            f"--scheduler {scheduler}: neither an address, such as tcp://HOST:8786, nor a "
-            "scheduler file that exists"
-        )
     try:
-        client = Client(scheduler_file=scheduler) if is_file else Client(scheduler)
+        client = Client(_address(scheduler))
     except (OSError, TimeoutError) as error:
         raise NetworkError(
             f"--scheduler {scheduler}: no scheduler answers there ({error}); start one with "
             "`dask scheduler`, or mend the address"
         ) from error
+    except ValueError as error:
+        raise RecipeError(
+            f"--scheduler {scheduler}: no address of a scheduler ({error}); such as tcp://HOST:8786"
+        ) from error
     with client:
         yield client
+
+
+def _address(scheduler: str) -> str:
+    """Where a scheduler is that was named by address or file."""
+    if not Path(scheduler).is_file():
+        if ":" not in scheduler:
+            raise RecipeError(
+                f"--scheduler {scheduler}: neither an address, such as tcp://HOST:8786, nor a "
+                "scheduler file that exists"
+            )
+        return scheduler
+    address = None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        address = json.loads(Path(scheduler).read_text("utf-8"))["address"]
+    if not isinstance(address, str):
+        raise RecipeError(
+            f"--scheduler {scheduler}: not a file that a scheduler wrote; take that of `dask "
+            "scheduler --scheduler-file FILE`, or an address, such as tcp://HOST:8786"
+        )
+    return address
 
 
 # In a worker

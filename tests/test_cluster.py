@@ -262,6 +262,14 @@ def test_another_version_and_another_file_system_are_refused(place: Place) -> No
 def test_a_scheduler_is_an_address_or_a_file(place: Place, scheduler: str) -> None:
     with pytest.raises(RecipeError, match="neither an address"):
         extract_on_cluster(place.recipe, scheduler=scheduler)
+    for address in ("foo:bar", "http://here:80"):
+        with pytest.raises(RecipeError, match=f"--scheduler {address}: no address of a scheduler"):
+            extract_on_cluster(place.recipe, scheduler=address)
+    file = place.path.with_name("scheduler.json")
+    for written in ("", "[]", "{}", '{"address": 3}'):
+        file.write_text(written)
+        with pytest.raises(RecipeError, match="not a file that a scheduler wrote"):
+            extract_on_cluster(place.recipe, scheduler=str(file))
     with pytest.raises(RecipeError, match="--workers 0: expected at least 1"):
         extract_on_cluster(place.recipe, workers=0)
 
