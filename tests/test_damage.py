@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from numpy_teacher import NumpyTeacher
 from test_corpus import random_letters, write_fasta
 
-from had_pipe.cache import Cache, Plan, integrity, layout
+from had_pipe.cache import Cache, Plan, integrity, layout, writer
 from had_pipe.errors import CacheCorrupt, CacheError, HadPipeError, Interrupted
 from had_pipe.extract import extract
 from had_pipe.progress import Progress
@@ -571,6 +572,26 @@ def test_what_was_planned_is_planned_again_where_it_differs(sample: Sample, seal
     for key, status in before.items():
         now = (sample.path / key).stat()
         assert (now.st_ino, now.st_mtime_ns) == (status.st_ino, status.st_mtime_ns), key
+
+
+def test_repair_by_another_version_of_arrow_mends_what_it_can(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = writer._write_windows
+
+    def otherwise(path: Path, *what: Any) -> None:
+        write(path, *what)
+        pq.write_table(pq.read_table(path), path, compression="none")
+
+    monkeypatch.setattr(writer, "_write_windows", otherwise)
+    mask = "data.zarr/train/0/mask/c/0/0"
+    (sample.path / mask).write_bytes(sample.files[mask][:-1])
+    extract(sample.recipe, repair=True, teacher=NumpyTeacher())
+    assert tree(sample.path) == sample.files
+
+    (sample.path / "windows.parquet").unlink()
+    with pytest.raises(CacheCorrupt, match=r"windows\.parquet is damaged.*another version of Zarr"):
+        extract(sample.recipe, repair=True, teacher=NumpyTeacher())
 
 
 class Recalibrated(NumpyTeacher):

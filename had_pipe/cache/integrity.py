@@ -484,7 +484,12 @@ def restore_planned(cache: Path, plan: Plan, again: Path) -> None:
     ]
     made = _hashed(again, {key: _length(again, key) or 0 for key in keys}, what="mending")
     there = _hashed(cache, {key: _length(cache, key) or 0 for key in keys}, what="mending")
-    differing = [key for key in keys if there[key] != made[key]]
+    # What another version of Zarr or Arrow spells otherwise is no damage.
+    differing = [
+        key
+        for key in keys
+        if there[key] != made[key] and (manifest is None or there[key] != manifest.objects.get(key))
+    ]
     for key in differing:
         if manifest is not None and manifest.objects.get(key) != made[key]:
             raise CacheCorrupt(
