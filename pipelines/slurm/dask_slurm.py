@@ -15,6 +15,7 @@ from typing import Any
 import dask
 from dask_jobqueue import SLURMCluster
 
+from had_pipe.cli.shown import reporter
 from had_pipe.cluster import extract_on_cluster
 from had_pipe.recipe import read_recipe
 
@@ -54,14 +55,15 @@ def main() -> None:
         print(cluster.job_script())
         # Only an adaptive cluster replaces jobs whose time is up.
         cluster.adapt(minimum=0, maximum_jobs=asked.jobs)
-        made = extract_on_cluster(
-            read_recipe(asked.recipe),
-            scheduler=cluster.scheduler_address,
-            offline=asked.offline,
-            # However long the queue is.
-            patience=7 * 24 * 3600.0,
-            report=print,
-        )
+        with reporter() as report:
+            made = extract_on_cluster(
+                read_recipe(asked.recipe),
+                scheduler=cluster.scheduler_address,
+                offline=asked.offline,
+                # However long the queue is.
+                patience=7 * 24 * 3600.0,
+                report=report,
+            )
     print(f"cache {made.path}, id {made.cache_id}: {made.parts_made} parts made")
 
 
