@@ -58,6 +58,8 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
     "compact": {"codec": "compact"},
 }
 VALUE = "data.zarr/train/0/embedding/value/c/1/0/0"
+APART = ("archive.json", "manifest.json")
+"""Not counted as bytes of an archive."""
 
 
 @pytest.fixture(scope="module")
@@ -436,8 +438,7 @@ def test_an_archive_unpacks_to_the_very_cache(
     assert made.lossless
     small, large = (sum(map(len, tree(path).values())) for path in (archives[name], caches[name]))
     assert small < large
-    apart = ("archive.json", "manifest.json")
-    assert made.source_nbytes == small - sum((archives[name] / k).stat().st_size for k in apart)
+    assert made.source_nbytes == small - sum((archives[name] / k).stat().st_size for k in APART)
 
 
 def test_shards_that_do_not_get_smaller_stay_as_they_are(
@@ -502,6 +503,38 @@ def test_an_archive_of_a_released_format_unpacks_to_the_cache_it_was_made_of(
     golden = Path(__file__).parent / "data"
     recode(golden / "archive-v1" / "bfloat16", tmp_path / "cache")
     assert tree(tmp_path / "cache") == tree(golden / "cache-v1" / "bfloat16")
+
+
+def sound_archive(folder: Path) -> bool:
+    """Whether `verify` finds nothing in an archive, not even the start of one."""
+    try:
+        return not archive.verify(folder).problems
+    except CacheError:
+        return False
+
+
+def test_an_archive_is_verified_where_it_lies(
+    caches: dict[str, Path], archives: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(archives["bfloat16"], tmp_path / "archive"))
+    before = tree(folder)
+
+    found = archive.verify(folder)
+
+    assert (found.problems, found.cache_id) == ((), Cache.open(caches["bfloat16"]).id)
+    assert found.nbytes == sum(len(raw) for k, raw in before.items() if k not in APART)
+    assert tree(folder) == before
+    packed = json.loads(before["archive.json"])["packed"]
+    lost, shortened = sorted(packed)[:2]
+    (folder / lost).unlink()
+    (folder / shortened).write_bytes(before[shortened][:-1])
+    (folder / "windows.parquet").unlink()
+    os.mkfifo(folder / "windows.parquet")
+    problems = {problem.key: problem.found for problem in archive.verify(folder).problems}
+    assert set(problems) == {lost, shortened, "windows.parquet"}
+    assert "cannot be read (No such file" in problems[lost]
+    assert f"{len(before[shortened]) - 1:,} bytes, expected" in problems[shortened]
+    assert "found a FIFO" in problems["windows.parquet"]
 
 
 def test_an_archive_is_no_cache_and_says_how_to_get_one(archives: dict[str, Path]) -> None:
@@ -583,6 +616,7 @@ def test_every_flipped_bit_of_an_archive_is_found_or_changes_nothing(
         raw[rng.integers(len(raw))] ^= 1 << int(rng.integers(8))
         (folder / key).write_bytes(raw)
         target = tmp_path / f"to{number}"
+        assert not sound_archive(folder)
         try:
             recode(folder, target)
         except CacheError:

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from had_pipe.cache.door import open_object
+from had_pipe.cache.integrity import Problem, VerifyReport
 from had_pipe.cache.layout import (
     ARCHIVE,
     CRC_NBYTES,
@@ -57,6 +58,8 @@ _FRAME_NBYTES = 1 << 22
 """A frame holds as many windows as fit, at least one. Fixed by the format."""
 
 _PIECE = 1 << 22
+
+_COPY = "copy it again"
 
 Buffer = bytes | memoryview
 
@@ -217,6 +220,47 @@ def unpack(archive: Path, cache: Path, *, report: Reporter = silent) -> Moved:
     return Moved(made=made, total=len(keys), nbytes=whole)
 
 
+def verify(archive: Path, *, report: Reporter = silent) -> VerifyReport:
+    """Look whether the very cache would come of an archive: unpacked piece by piece, never kept.
+
+    Modifies nothing. Raises CacheRefused or CacheIncomplete where plan.json, archive.json or
+    manifest.json themselves do not tell what there should be.
+    """
+    index, plan, manifest = read(archive)
+    shards = Shard.of(plan)
+    problems: list[Problem] = []
+
+    def look(key: str) -> bool:
+        record = manifest.objects[key]
+        there = index.packed.get(key, record)
+        try:
+            found = _record(_plain(archive, key, nbytes=there.nbytes))
+            if found == there and there != record:
+                found, there = _record(_unpacked(archive, shards[key], there)), record
+        except CacheError as error:
+            told = str(error).partition("; copy")[0]  # its place and remedy are said here
+            for place in (f"{archive}: {key}: ", f"{archive / key}: "):
+                told = told.removeprefix(place)
+            problems.append(Problem(key, told, "what was packed", _COPY))
+            return False
+        if found != there:
+            told, wanted = f"SHA-256 {found.sha256[:12]}...", f"{there.sha256[:12]}..."
+            problems.append(Problem(key, told, wanted, _COPY))
+        return found == there
+
+    _each(sorted(manifest.objects), look, what="verifying", report=report)
+    return VerifyReport(
+        cache_id=manifest.id,
+        sealed=True,
+        level="everything",
+        share=(1, 1),
+        parts=plan.part_count,
+        objects=len(manifest.objects),
+        nbytes=nbytes(index, manifest),
+        problems=tuple(sorted(problems, key=lambda problem: problem.key)),
+    )
+
+
 def _each(keys: list[str], move: Callable[[str], bool], *, what: str, report: Reporter) -> int:
     """Move every object, some at once; how many had to be made."""
     begun, made = time.monotonic(), 0
@@ -314,10 +358,13 @@ def _record(pieces: Iterable[Buffer]) -> ObjectRecord:
     return ObjectRecord(nbytes=nbytes, sha256=digest.hexdigest())
 
 
-def _plain(folder: Path, key: str) -> Iterator[bytes]:
-    """A file as it is."""
+def _plain(folder: Path, key: str, *, nbytes: int | None = None) -> Iterator[bytes]:
+    """A file as it is; of no other length, where one is known."""
     try:
         with _open(folder, key) as file:
+            length = os.fstat(file.fileno()).st_size
+            if nbytes not in (None, length):
+                raise _damaged(folder, key, f"{length:,} bytes, expected {nbytes:,}")
             while piece := file.read(_PIECE):
                 yield piece
     except OSError as error:

@@ -257,18 +257,30 @@ def verify(
 
     Finds every object that is missing, of another length or content, or not part of the cache,
     and says how to mend it. The exit code is 4 where there is a problem, and for a cache that is
-    not finished, or whose manifest did not arrive.
+    not finished, or whose manifest did not arrive. An archive is unpacked for it, and not kept.
     """
     from had_pipe.hold import Share
 
     mine = Share(1, 1) if share is None else Share.parse(share)
-    from had_pipe.cache.integrity import verify as look
+    from had_pipe.cache import archive, integrity
+    from had_pipe.cache.layout import ARCHIVE
 
     begun = time.monotonic()
     with reporter() as report:
-        found = look(
-            path, level=level.value, share=(mine.number, mine.of), threads=threads, report=report
-        )
+        if (path / ARCHIVE).exists():
+            if share is not None or level is not Level.EVERYTHING:
+                raise RecipeError(
+                    f"{path}: an archive is verified as a whole: no --level, no --share"
+                )
+            found = archive.verify(path, report=report)
+        else:
+            found = integrity.verify(
+                path,
+                level=level.value,
+                share=(mine.number, mine.of),
+                threads=threads,
+                report=report,
+            )
     seconds = time.monotonic() - begun
     if as_json:
         print_json(found)
