@@ -49,8 +49,10 @@ def open_object(cache: Path, key: str) -> int:
                     f"{cache.joinpath(*folders[: depth + 1])}: expected an ordinary folder, "
                     f"found {_kind(found)}; copy the cache again"
                 ) from None
-            os.close(here)
-            here = inner
+            # In this order: what a signal makes of it is left open, never closed twice, for by then
+            # the number may be another thread's file.
+            outer, here = here, inner
+            os.close(outer)
         # Looked at first: to open a device can be to use it.
         _require_file(os.stat(name, dir_fd=here, follow_symlinks=False), cache / key)
         try:
