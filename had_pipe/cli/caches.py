@@ -429,7 +429,8 @@ def compare(
 
     What they were made from, then the embeddings of the windows that both have, decoded, by split
     and view: of equal bytes, or how far apart, and where most. For two labs' caches of one recipe,
-    and for a cache beside what was recoded from it.
+    and for a cache beside what was recoded from it. To differ is no error: the exit code is 0, and
+    --json says whether they are identical or equal.
     """
     from had_pipe.cache.compare import compare as hold_against
 
