@@ -133,8 +133,10 @@ def ensure_plan(
     references = [corpus.read_reference(genome, report=report) for genome in asked.genomes]
     described = describe(asked, references, teacher)
     given = given_statistics(asked, teacher)
-    if (path / layout.PLAN).exists() and not repair:
-        return check_same(path, described, given)
+    if (path / layout.PLAN).exists():
+        plan = check_same(path, described, given)
+        if not repair:
+            return plan
     check_free_for_us(path)
     begun = time.monotonic()
 

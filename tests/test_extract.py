@@ -424,6 +424,8 @@ def test_another_recipe_is_refused_with_each_differing_key_and_both_values(
         "teacher.weights_sha256": f"here '{'5' * 56}... recipe '{'6' * 56}...",
         "genomes[g].splits.valid": "here ['held_out'] recipe ['one']",
     }
+    with pytest.raises(CacheMismatch, match="was made from something else"):
+        extract(recipe, teacher=NumpyTeacher(), repair=True)
     assert survey_state(recipe) == "another recipe's: extract-teacher refuses it"
     assert stamps(whole) == before
 
