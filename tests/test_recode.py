@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from numcodecs import Zstd
 from numpy_teacher import NumpyTeacher
 from small_cache import build_cache
+from threadpoolctl import threadpool_limits
 
 from had_pipe.cache import Cache, archive, integrity, layout
 from had_pipe.cache import recode as module
@@ -206,6 +207,15 @@ def test_what_is_recoded_is_the_sources_values_once_more_coded(
     assert made.fidelity["relative"] <= 1.5 * LOSES[codec]
     assert made.lossless == (codec == "exact")
     assert (made.fidelity["relative"] == 0) == made.lossless
+
+
+def test_what_is_recoded_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    source = build_cache(tmp_path / "from", codec="compact", kmers=64, channels=128, windows=64)
+    ids = []
+    for threads in (1, 2):
+        with threadpool_limits(limits=threads):
+            ids.append(recode(source, tmp_path / f"{threads}", codec="int8").cache_id)
+    assert ids[0] == ids[1]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

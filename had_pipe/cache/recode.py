@@ -205,6 +205,8 @@ def _unpack(
 def _recode(
     source: Cache, target: Path, name: CodecName, repair: bool, begun: float, report: Reporter
 ) -> Recoded:
+    from threadpoolctl import threadpool_limits
+
     if name == source.plan.codec:
         raise RecipeError(f"--codec {name}: {source.path} is {name} already; copy the folder")
     wanted = SourcePlan(cache=source.id, codec=source.plan.codec)
@@ -219,7 +221,8 @@ def _recode(
             raise _other(target, "another cache", f"{source.path} as {name}")
         _tidy(target)
     else:
-        with _target(target, f"{name} of {source.id}", ours):
+        # Decoding a learnt codec ends in a float32 product, whose last bits follow the threads.
+        with _target(target, f"{name} of {source.id}", ours), threadpool_limits(limits=1):
             for leftover in (target / WORK).glob("*.tmp"):
                 with storage(leftover):
                     leftover.unlink()
