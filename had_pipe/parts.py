@@ -39,6 +39,7 @@ _WAITING_BATCHES = 4  # of a part, embedded and not yet written
 _LOOK_SECONDS = 0.2
 
 _NUMERICS = "numerics.json"
+_THREADS = " (OMP_NUM_THREADS sets the threads; Dask's own workers want MKL_NUM_THREADS as well)"
 
 
 def batch_windows(teacher: Teacher, *, kmers: int, part: int) -> int:
@@ -309,7 +310,7 @@ def _settle_numerics(cache: Path, plan: Plan, numerics: Mapping[str, str | int])
         raise CacheMismatch(
             f"{cache}: its parts are made by another class of arithmetic ({said}); one cache holds "
             "one class only: continue where it was begun, or start again at another path"
-            + (" (OMP_NUM_THREADS sets the threads)" if "threads" in said else "")
+            + (_THREADS if "threads" in said else "")
         )
 
 
