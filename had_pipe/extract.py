@@ -27,12 +27,13 @@ from had_pipe import corpus
 from had_pipe.cache import Cache, Part, Plan, Statistics, integrity, layout, writer
 from had_pipe.cache.codec import calibrate, sample_groups
 from had_pipe.cache.layout import Receipt
-from had_pipe.durable import free_files, free_nbytes, storage
+from had_pipe.durable import free_files, free_nbytes, make_folder, storage
 from had_pipe.errors import (
     CacheCorrupt,
     CacheRefused,
     Interrupted,
     NonFiniteError,
+    RecipeError,
     StorageError,
 )
 from had_pipe.hold import Lease, Share
@@ -100,6 +101,11 @@ def extract(
     """
     asked = Job.of(recipe)
     path = asked.cache.path
+    if repair and share is not None:
+        raise RecipeError(
+            "--repair reads the whole cache, and N shares would read it N times: repair without "
+            "--share; others may help then to make what is missing, with --share or without"
+        )
     if teacher is None:
         teacher = asked.load(device, offline)
     plan = ensure_plan(asked, teacher, repair=repair, report=report)
@@ -138,6 +144,12 @@ def ensure_plan(
         if not repair:
             return plan
     check_free_for_us(path)
+    try:
+        make_folder(path)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"{path}: no folder can be made there; use another [cache] path"
+        ) from error
     begun = time.monotonic()
 
     def waited(lease: Lease) -> None:
@@ -267,6 +279,7 @@ def _make_parts(
                     )
                 if _there(path, part):
                     continue
+                check_room(path, plan, [part])
                 lease = leases.setdefault(part, lease_of(path, part))
                 if not lease.take():
                     continue  # asked again later: this is how a silent holder is found out
@@ -274,7 +287,6 @@ def _make_parts(
                 if _there(path, part):
                     lease.release()
                     continue
-                check_room(path, plan, [part])
                 in_work.append(maker.make(part, lease, partial(tally.embedded, part)))
             while in_work:
                 tally.committed(in_work.popleft().result())

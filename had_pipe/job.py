@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from had_pipe import corpus
-from had_pipe.cache import Cache, Plan, Statistics, layout, writer
+from had_pipe.cache import Cache, Plan, Statistics, integrity, layout, writer
 from had_pipe.dna.kmers import K
-from had_pipe.errors import CacheMismatch, RecipeError
+from had_pipe.errors import CacheCorrupt, CacheMismatch, RecipeError
 from had_pipe.recipe import Cache as CacheRecipe
 from had_pipe.recipe import Genome, Recipe, Windows
 from had_pipe.recipe import Teacher as TeacherRecipe
@@ -115,6 +115,11 @@ def check_same(path: Path, described: Mapping[str, Any], given: Statistics | Non
         here["statistics"] = plan.statistics
         asked["statistics"] = writer.statistics_digest(given)
     differing = [key for key in sorted({*here, *asked}) if here.get(key) != asked.get(key)]
+    if differing and integrity.stated_plan(path) not in (None, plan.id):
+        raise CacheCorrupt(
+            f"{path}: {layout.PLAN} is damaged: its receipts are of another plan; copy it again "
+            "from where the cache came from, or have it planned again (how-to, Verify and repair)"
+        )
     if differing:
         width = max(len(key) for key in differing)
         lines = [

@@ -121,7 +121,8 @@ class PartMaker:
             try:
                 written = self._pool.submit(self._write, part, lease, batches)
                 for batch in self._stored(part):
-                    _put(batches, batch, written)
+                    if not _put(batches, batch, written):
+                        break  # what ended its writer comes with the result
                     tick(len(batch.stored[0]))
             except BaseException:
                 if written is None:  # a signal came while the writer's thread was being started
@@ -183,14 +184,15 @@ class PartMaker:
                 lease.release()
 
 
-def _put(batches: _Batches, item: _Batch | None, written: Future[Receipt | None]) -> None:
-    """Hand on a batch, unless its writer has ended: then what ended it comes with its result."""
+def _put(batches: _Batches, item: _Batch | None, written: Future[Receipt | None]) -> bool:
+    """Hand on a batch, unless its writer has ended."""
     while not written.done():
         try:
             batches.put(item, timeout=_LOOK_SECONDS)
         except queue.Full:
             continue
-        return
+        return True
+    return False
 
 
 def embed_batch(
@@ -296,7 +298,8 @@ def _settle_numerics(cache: Path, plan: Plan, numerics: Mapping[str, str | int])
     if found is None:
         with waiting(lock_of(cache, "plan")):
             note = cache / layout.WORK / _NUMERICS
-            if note.is_file():
+            # Whoever noted it may have gone before it made anything.
+            if note.is_file() and _at_work(cache):
                 found = json.loads(layout.read_small(note))
             else:
                 write_file(note, layout.canonical_json(dict(numerics)), aside=note.parent)
@@ -312,6 +315,16 @@ def _settle_numerics(cache: Path, plan: Plan, numerics: Mapping[str, str | int])
             "one class only: continue where it was begun, or start again at another path"
             + (_THREADS if "threads" in said else "")
         )
+
+
+def _at_work(cache: Path) -> bool:
+    """Whether somebody holds a part."""
+    for path in (cache / layout.WORK / "leases").glob("*.lock"):
+        lease = Lease(path)
+        if not lease.take():
+            return True
+        lease.release()
+    return False
 
 
 @contextmanager

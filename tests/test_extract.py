@@ -8,6 +8,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,6 +32,7 @@ from test_corpus import TURNED, random_letters, write_fasta
 from had_pipe.cache import Cache, integrity, layout
 from had_pipe.cache.layout import Part
 from had_pipe.errors import (
+    CacheCorrupt,
     CacheMismatch,
     CacheRefused,
     Interrupted,
@@ -977,16 +979,48 @@ def test_a_sleeper_whose_lease_was_taken_over_commits_nothing(
     assert_same_bytes(path, whole)
 
 
-def test_another_class_of_arithmetic_is_refused_before_there_is_a_receipt(
-    genome: Path, tmp_path: Path
+def test_a_class_of_arithmetic_that_made_nothing_binds_nobody_once_it_is_gone(
+    genome: Path, whole: Path, tmp_path: Path
 ) -> None:
     path, asked = tmp_path / "cache", threading.Event()
     asked.set()
     with pytest.raises(Interrupted):
-        extract(a_recipe(genome, path), teacher=NumpyTeacher(), stopping=asked.is_set)
-    assert not list(path.rglob("parts/*/*/*.json"))
-    with pytest.raises(CacheMismatch, match="device: there 'numpy', here 'slide rule'"):
-        extract(a_recipe(genome, path), teacher=NumpyTeacher(numerics={"device": "slide rule"}))
+        extract(
+            a_recipe(genome, path),
+            teacher=NumpyTeacher(numerics={"device": "slide rule"}),
+            stopping=asked.is_set,
+        )
+    at_work = lease_of(path, Part("train", 0, 0))
+    assert at_work.take()
+    with pytest.raises(CacheMismatch, match="device: there 'slide rule', here 'numpy'"):
+        make(genome, path)
+    at_work.release()
+    make(genome, path)
+    assert_same_bytes(path, whole)
+
+
+def test_a_damaged_plan_is_told_from_another_recipes(
+    genome: Path, whole: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(whole, tmp_path / "cache"))
+    plan = (path / "plan.json").read_bytes()
+    (path / "plan.json").write_bytes(plan.replace(b'"seed":3', b'"seed":1'))
+    for repair in (False, True):
+        with pytest.raises(CacheCorrupt, match=r"plan\.json is damaged"):
+            extract(a_recipe(genome, path), teacher=NumpyTeacher(), repair=repair)
+    (path / "plan.json").write_bytes(plan)
+    with pytest.raises(CacheMismatch, match=r"windows\.seed +here 3 +recipe 1"):
+        make(genome, path, windows={"seed": 1})
+
+
+def test_shares_do_not_repair(genome: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="repair without --share"):
+        extract(
+            a_recipe(genome, tmp_path / "cache"),
+            teacher=NumpyTeacher(),
+            repair=True,
+            share=Share(1, 2),
+        )
 
 
 def test_a_teacher_that_is_not_the_plans_makes_no_part(

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -55,6 +56,9 @@ Level = Literal["structure", "sample", "everything"]
 
 _Look = Callable[[memoryview, int], None]
 """Looks at a piece of an object's bytes as they pass, and at which byte it begins."""
+
+_ASKED = 3  # receipts, before it is given up to read one
+_LARGEST_RECEIPT = 1 << 24
 
 SAMPLE = 20
 """`sample` hashes one of so many large objects."""
@@ -107,6 +111,15 @@ def numerics_class(cache: Path, plan: Plan) -> Mapping[str, str | int] | None:
     """The class of arithmetic the parts so far were made with; None where there is none yet."""
     for part in made_parts(cache, plan):
         return read_receipt(cache, plan, part)[0].numerics
+    return None
+
+
+def stated_plan(cache: Path) -> str | None:
+    """The plan id that a receipt states; None where none can be read."""
+    for key in sorted(_receipt_keys(cache))[:_ASKED]:
+        with suppress(OSError, CacheError, ValueError, LookupError, TypeError, RecursionError):
+            stated: str = json.loads(read_object(cache, key, limit=_LARGEST_RECEIPT))["plan"]
+            return stated
     return None
 
 
