@@ -281,7 +281,12 @@ def _make_parts(
                     continue
                 check_room(path, plan, [part])
                 lease = leases.setdefault(part, lease_of(path, part))
-                if not lease.take():
+                try:
+                    taken = lease.take()
+                except BaseException:  # a signal, perhaps with the lease in hand
+                    lease.release()
+                    raise
+                if not taken:
                     continue  # asked again later: this is how a silent holder is found out
                 del leases[part]
                 if _there(path, part):

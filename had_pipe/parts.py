@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -127,6 +127,8 @@ class PartMaker:
             except BaseException:
                 if written is None:  # a signal came while the writer's thread was being started
                     batches.put_nowait(None)
+                    if lease is not None:
+                        lease.release()
                 else:
                     _put(batches, None, written)
                 raise
@@ -295,15 +297,10 @@ def check_teacher_of(cache: Path, plan: Plan, teacher: Teacher) -> None:
 def _settle_numerics(cache: Path, plan: Plan, numerics: Mapping[str, str | int]) -> None:
     """Be of the cache's class of arithmetic, or the first to set it."""
     found = integrity.numerics_class(cache, plan)
-    if found is None:
-        with waiting(lock_of(cache, "plan")):
-            note = cache / layout.WORK / _NUMERICS
-            # Whoever noted it may have gone before it made anything.
-            if note.is_file() and _at_work(cache):
-                found = json.loads(layout.read_small(note))
-            else:
-                write_file(note, layout.canonical_json(dict(numerics)), aside=note.parent)
-                found = numerics
+    while found is None:
+        # Whoever had to wait may find parts, or all of them, and `.work/` swept away.
+        with waiting(lock_of(cache, "plan")), suppress(FileNotFoundError):
+            found = integrity.numerics_class(cache, plan) or _noted_numerics(cache, numerics)
     if dict(found) != dict(numerics):
         said = "; ".join(
             f"{key}: there {found.get(key)!r}, here {numerics.get(key)!r}"
@@ -315,6 +312,16 @@ def _settle_numerics(cache: Path, plan: Plan, numerics: Mapping[str, str | int])
             "one class only: continue where it was begun, or start again at another path"
             + (_THREADS if "threads" in said else "")
         )
+
+
+def _noted_numerics(cache: Path, numerics: Mapping[str, str | int]) -> Mapping[str, str | int]:
+    """The class that those at work have noted, or else this one, noted."""
+    note = cache / layout.WORK / _NUMERICS
+    if note.is_file() and _at_work(cache):  # it may have gone before it made anything
+        noted: Mapping[str, str | int] = json.loads(layout.read_small(note))
+        return noted
+    write_file(note, layout.canonical_json(dict(numerics)), aside=note.parent)
+    return numerics
 
 
 def _at_work(cache: Path) -> bool:

@@ -622,11 +622,11 @@ def test_a_cluster_that_shrinks_to_nothing_and_grows_again_finishes(
     def shrink_and_grow() -> None:
         wait_until(lambda: len(lines(place.diary, "embedded")) >= 3)
         running.scale(0)
-        wait_until(lambda: not running.scheduler_info["workers"])
+        wait_until(lambda: any(one.what == "waiting for workers" for one in told))
         running.scale(1)
 
-    threading.Thread(target=shrink_and_grow).start()
     told: list[Progress] = []
+    threading.Thread(target=shrink_and_grow).start()
     made = on(place, running, place.teacher(seconds=0.3), report=told.append)
     assert "waiting for workers" in {progress.what for progress in told}
     assert made.parts_left == 0
