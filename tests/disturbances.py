@@ -172,11 +172,14 @@ SIGNALS = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 75, "SIGUSR2": 75, "SIGINT": 7
 
 
 def _left_in_work(path: Path) -> list[str]:
-    """Temporaries and leases that somebody left who had time to tidy up."""
+    """Temporaries that somebody left who had time to tidy up, and leases but for one.
+
+    One may have been in the making: it binds nobody, since its process is gone.
+    """
     work = path / layout.WORK
-    return [
-        str(one.relative_to(path)) for one in work.rglob("*") if one.suffix in (".tmp", ".lock")
-    ]
+    left = [str(one.relative_to(path)) for one in work.rglob("*.tmp")]
+    leases = [str(one.relative_to(path)) for one in work.rglob("*.lock")]
+    return left + leases[1:]
 
 
 # Several at once
