@@ -22,7 +22,7 @@ from had_pipe.cache.codec import STD_FLOOR
 from had_pipe.cache.reader import GroupLocus
 from had_pipe.draws import Purpose, permutation
 from had_pipe.errors import CacheMismatch, RecipeError
-from had_pipe.parts import batch_windows, embed_batch, to_numpy
+from had_pipe.parts import batch_windows, differences, embed_batch, to_numpy
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe
 from had_pipe.teachers.teacher import Teacher, load_teacher
@@ -225,11 +225,7 @@ def _check_teacher(path: Path, plan: Plan, teacher: Teacher) -> None:
         "layer": teacher.layer,
         "channels": teacher.channels,
     }
-    differing = [key for key, value in mine.items() if getattr(plan.teacher, key) != value]
-    if differing:
-        said = "; ".join(
-            f"{key}: there {getattr(plan.teacher, key)!r}, here {mine[key]!r}" for key in differing
-        )
+    if said := differences({key: getattr(plan.teacher, key) for key in mine}, mine):
         raise CacheMismatch(
             f"{path}: it was planned for another teacher ({said}); audit it with that one"
         )

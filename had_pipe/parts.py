@@ -275,6 +275,15 @@ def to_numpy(array: Any) -> npt.NDArray[Any]:
 # One teacher, one class of arithmetic
 
 
+def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:
+    """What differs between a cache and this process, both values of each; empty where nothing."""
+    return "; ".join(
+        f"{key}: there {there.get(key)!r}, here {here.get(key)!r}"
+        for key in dict.fromkeys([*here, *there])
+        if there.get(key) != here.get(key)
+    )
+
+
 def check_teacher_of(cache: Path, plan: Plan, teacher: Teacher) -> None:
     """Raises CacheMismatch where a teacher is not the one the cache was planned for."""
     mine = {
@@ -283,11 +292,7 @@ def check_teacher_of(cache: Path, plan: Plan, teacher: Teacher) -> None:
         "channels": teacher.channels,
         "dtype": teacher.dtype,
     }
-    differing = [key for key, value in mine.items() if getattr(plan.teacher, key) != value]
-    if differing:
-        said = "; ".join(
-            f"{key}: there {getattr(plan.teacher, key)!r}, here {mine[key]!r}" for key in differing
-        )
+    if said := differences({key: getattr(plan.teacher, key) for key in mine}, mine):
         raise CacheMismatch(
             f"{cache}: it was planned for another teacher ({said}); take that one, or another "
             "[cache] path"
@@ -301,12 +306,7 @@ def _settle_numerics(cache: Path, plan: Plan, numerics: Mapping[str, str | int])
         # Whoever had to wait may find parts, or all of them, and `.work/` swept away.
         with waiting(lock_of(cache, "plan")), suppress(FileNotFoundError):
             found = integrity.numerics_class(cache, plan) or _noted_numerics(cache, numerics)
-    if dict(found) != dict(numerics):
-        said = "; ".join(
-            f"{key}: there {found.get(key)!r}, here {numerics.get(key)!r}"
-            for key in sorted({*found, *numerics})
-            if found.get(key) != numerics.get(key)
-        )
+    if said := differences(found, numerics):
         raise CacheMismatch(
             f"{cache}: its parts are made by another class of arithmetic ({said}); one cache holds "
             "one class only: continue where it was begun, or start again at another path"

@@ -61,18 +61,21 @@ def fifo(name: str) -> Callable[[Path], None]:
 class Code:
     """What a pickle can hold: a call."""
 
+    def __init__(self, folder: Path) -> None:
+        self.made = folder / "was-run"
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("/tmp/had-pipe-was-run",)
+        return os.mkdir, (str(self.made),)
 
 
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Code()}))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Code(folder)}))
 
 
 def pickled_by_torch(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    torch.save({"a": Code()}, folder / "pytorch_model.bin")
+    torch.save({"a": Code(folder)}, folder / "pytorch_model.bin")
 
 
 def zip_bomb(folder: Path) -> None:
@@ -140,7 +143,7 @@ def test_a_strangers_teacher_is_refused_and_nothing_of_it_is_run(case: str, fold
     with pytest.raises(InputError, match=expected) as caught:
         load(folder)
     assert peak_nbytes() - begun < 128 << 20
-    assert not Path("/tmp/had-pipe-was-run").exists()
+    assert not Code(folder).made.exists()
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 1000
 
