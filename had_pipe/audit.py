@@ -164,8 +164,8 @@ def audit(
         # Among other windows the same one may come out otherwise: asked again as it was made.
         seen = [one if one.equal else again.as_made(one.place) for one in seen]
     equal = sum(one.equal for one in seen)
-    # Another processor, or number of threads, may move last bits within a class; then it does so
-    # in most windows, and none is accused of it.
+    # Another processor may move last bits within a class; then it does so in most windows, and none
+    # is accused of it.
     bytes_expected = one_class and equal >= _MOSTLY * len(seen)
     limit = min(LIMITS[plan.teacher.dtype], LIMITS[teacher.dtype])
     failures = []
