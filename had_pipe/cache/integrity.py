@@ -1,8 +1,8 @@
 """Which parts are there, sealing a cache, and finding damage.
 
-Only `seal`, `forget`, `restore_planned` and `clear_work` change anything on disk. Others may work on the cache at the
-same time: receipts are listed first and files after them, so that whatever a receipt tells of is
-seen; what goes meanwhile is no damage.
+Only `seal`, `forget`, `restore_planned` and `clear_work` change anything on disk. Others may work on
+the cache at the same time: receipts are listed first and files after them, so that whatever a
+receipt tells of is seen; what goes meanwhile is no damage.
 """
 
 from __future__ import annotations
