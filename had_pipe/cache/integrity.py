@@ -1,7 +1,7 @@
 """Which parts are there, sealing a cache, and finding damage.
 
-Only `seal`, `forget`, `restore_planned` and `clear_work` change anything on disk. Others may work on
-the cache at the same time: receipts are listed first and files after them, so that whatever a
+Only `seal`, `forget`, `restore_planned` and `clear_work` change anything on disk. Others may work
+on the cache at the same time: receipts are listed first and files after them, so that whatever a
 receipt tells of is seen; what goes meanwhile is no damage.
 """
 
