@@ -41,10 +41,10 @@ from had_pipe.errors import (
 from had_pipe.floors import Floors, Seen
 from had_pipe.hold import held
 from had_pipe.objectives import HADObjective, Losses
+from had_pipe.order import ORDER_VERSION
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe, Train
 from had_pipe.stream import (
-    ORDER_VERSION,
     Batch,
     Stream,
     first_windows,

@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "students": {"errors", "dna"},
     "objectives": {"errors", "dna", "students"},
     "checkpoint": {"errors", "durable"},
-    "stream": {"errors", "draws", "dna", "cache"},
+    "order": {"errors", "draws"},
+    "stream": {"errors", "order", "dna", "cache"},
     "hold": {"errors", "durable"},
     "floors": {"dna"},
     "run": {"errors", "durable"},
@@ -49,7 +50,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "distill": {
         *{"errors", "progress", "draws", "durable", "dna", "recipe", "cache"},
-        *{"students", "objectives", "stream", "checkpoint", "floors", "hold", "run", "card"},
+        *{
+            "students",
+            "objectives",
+            "order",
+            "stream",
+            "checkpoint",
+            "floors",
+            "hold",
+            "run",
+            "card",
+        },
     },
     "cli": {
         "dna",  # inspect spells a k-mer
