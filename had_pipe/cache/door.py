@@ -73,17 +73,22 @@ def open_object(cache: Path, key: str) -> int:
 
 def read_object(cache: Path, key: str, *, limit: int, start: bytes = b"") -> bytes:
     """One file of a cache, if it has at most `limit` bytes and begins as it must."""
-    with open(open_object(cache, key), "rb", buffering=0) as file:
+    return read_opened(open_object(cache, key), cache / key, limit=limit, start=start)
+
+
+def read_opened(descriptor: int, path: Path, *, limit: int, start: bytes = b"") -> bytes:
+    """The same of a file that was opened before and is closed here; `path` is for messages."""
+    with open(descriptor, "rb", buffering=0) as file:
         nbytes = os.fstat(file.fileno()).st_size
         if nbytes > limit:
             raise CacheRefused(
-                f"{cache / key}: {nbytes:,} bytes, expected at most {limit:,}; copy it again"
+                f"{path}: {nbytes:,} bytes, expected at most {limit:,}; copy it again"
             )
         # Before room is made for the rest: a hole of that length costs its maker nothing.
         pieces = [file.read(len(start))]
         if pieces[0] != start:
             raise CacheRefused(
-                f"{cache / key}: not what format 1 says: begins with {pieces[0]!r}, "
+                f"{path}: not what format 1 says: begins with {pieces[0]!r}, "
                 f"expected {start!r}; copy it again"
             )
         left = nbytes - len(pieces[0])

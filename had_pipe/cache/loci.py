@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -44,7 +44,10 @@ class WindowTable:
     Raises CacheRefused or CacheCorrupt. For one thread.
     """
 
-    def __init__(self, cache: Path, plan: Plan) -> None:
+    def __init__(
+        self, cache: Path, plan: Plan, *, opener: Callable[[str], int] | None = None
+    ) -> None:
+        """`opener` opens an object where it is not simply a file of the folder."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -52,7 +55,8 @@ class WindowTable:
         self._room = plan.table_nbytes
         self._errors = (pa.ArrowException, OSError, LookupError, ValueError, OverflowError)
         try:
-            self._file = os.fdopen(open_object(cache, WINDOWS), "rb")
+            opened = opener(WINDOWS) if opener is not None else open_object(cache, WINDOWS)
+            self._file = os.fdopen(opened, "rb")
         except FileNotFoundError:
             self._refuse("is missing")
         except OSError as error:

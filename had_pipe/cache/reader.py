@@ -16,7 +16,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from had_pipe.cache.codebook import Codebook
 from had_pipe.cache.codec import Codec, learns
-from had_pipe.cache.door import open_object, read_object
+from had_pipe.cache.door import open_object, read_opened
 from had_pipe.cache.layout import (
     CRC_NBYTES,
     DATA,
@@ -104,8 +104,18 @@ class GroupLocus:
 class Cache:
     """One cache, open for reading. Safe to share between threads."""
 
-    def __init__(self, path: Path, plan: Plan, manifest: Manifest | None, *, check: Check) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        manifest: Manifest | None,
+        *,
+        check: Check,
+        opener: Callable[[str], int] | None = None,
+    ) -> None:
+        """`opener` gives a descriptor of the object of a key, which the cache then closes."""
         self.path = path
+        self._opener = opener
         self.plan = plan
         self.sealed = manifest is not None
         self.id = manifest.id if manifest else plan.id
@@ -124,10 +134,19 @@ class Cache:
         self.codec = Codec(plan.codec, plan.teacher.dtype, self._codebook())
 
     @classmethod
-    def open(cls, path: Path, *, incomplete: bool = False, check: Check = "first") -> Cache:
+    def open(
+        cls,
+        path: Path,
+        *,
+        incomplete: bool = False,
+        check: Check = "first",
+        opener: Callable[[str], int] | None = None,
+    ) -> Cache:
         """Open a cache for reading.
 
         An unsealed cache is refused unless `incomplete`, which gives the parts that have receipts.
+        plan.json and manifest.json lie in the folder; all else comes from `opener` where there is
+        one.
         Raises CacheRefused, CacheIncomplete or CacheCorrupt.
         """
         plan, _ = read_plan(path)
@@ -142,7 +161,7 @@ class Cache:
             )
         if manifest is not None:
             _agree(path, manifest, plan)
-        return cls(path, plan, manifest, check=check)
+        return cls(path, plan, manifest, check=check, opener=opener)
 
     @property
     def statistics(self) -> Mapping[str, npt.NDArray[Any]]:
@@ -267,7 +286,7 @@ class Cache:
         """Where a window lies on its genome."""
         assert 0 <= row < self.rows(split)
         place = row + sum(self.rows(name) for name in self.plan.splits if name < split)
-        with WindowTable(self.path, self.plan) as table:
+        with WindowTable(self.path, self.plan, opener=self._open_object) as table:
             if self._manifest is not None and not self._windows_checked:
                 self._compare(WINDOWS, table.sha256())
                 self._windows_checked = True
@@ -376,6 +395,7 @@ class Cache:
             _Shard.open(
                 self.path,
                 part.shard_key(signal),
+                self._open_object,
                 signal,
                 receipt.objects[part.shard_key(signal)],
                 windows=windows,
@@ -440,10 +460,16 @@ class Cache:
             )
         return values
 
+    def _open_object(self, key: str) -> int:
+        """A descriptor of one object, to be closed by the caller; raises as door.open_object."""
+        if self._opener is not None:
+            return self._opener(key)
+        return open_object(self.path, key)
+
     def _object(self, key: str, *, limit: int) -> bytes:
         """A small object's bytes, held against the manifest where there is one."""
         try:
-            raw = read_object(self.path, key, limit=limit)
+            raw = read_opened(self._open_object(key), self.path / key, limit=limit)
         except FileNotFoundError:
             raise CacheCorrupt(f"{self.path}: {key} is missing; {_remedy(self.path)}") from None
         except OSError as error:
@@ -578,6 +604,7 @@ class _Shard:
         cls,
         cache: Path,
         key: str,
+        opener: Callable[[str], int],
         signal: Signal,
         record: ShardRecord,
         *,
@@ -586,7 +613,7 @@ class _Shard:
     ) -> _Shard:
         """Open a shard; its length and index must be what the plan says."""
         try:
-            fd = open_object(cache, key)
+            fd = opener(key)
         except OSError as error:
             raise CacheCorrupt(
                 f"{cache}: {key} cannot be opened ({error.strerror}); {_remedy(cache)}"
