@@ -815,13 +815,3 @@ def test_a_line_of_progress_has_rate_time_left_and_facts() -> None:
 )  # fmt: skip
 def test_time_is_said_in_two_units_at_most(seconds: float, said: str) -> None:
     assert shown.duration(seconds) == said
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "said"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (1_234_567, "1.23 MB"),
-     (999_600_000, "1 GB"),
-     (5.3e11, "530 GB"), (1.05e12, "1.05 TB"), (2e15, "2,000 TB")],
-)  # fmt: skip
-def test_sizes_are_said_in_decimal_units(nbytes: float, said: str) -> None:
-    assert shown.size(nbytes) == said

@@ -16,11 +16,12 @@ PACKAGE = REPOSITORY / "had_pipe"
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "progress": set(),
+    "sizes": {"errors"},
     "draws": set(),
     "durable": {"errors"},
     "dna": {"errors", "draws"},
     "recipe": {"errors", "dna"},
-    "cache": {"errors", "progress", "draws", "durable", "hold", "dna"},
+    "cache": {"errors", "progress", "sizes", "draws", "durable", "hold", "dna"},
     "corpus": {"errors", "progress", "draws", "dna", "recipe", "cache"},
     "teachers": {"errors", "dna"},
     "students": {"errors", "dna"},
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "floors": {"dna"},
     "run": {"errors", "durable"},
     "card": {"cache", "run"},
-    "report": {"durable", "run"},
+    "report": {"sizes", "durable", "run"},
     "job": {"errors", "dna", "recipe", "cache", "corpus", "teachers"},
     "parts": {"errors", "durable", "hold", "dna", "cache", "teachers"},
     "audit": {"errors", "progress", "draws", "recipe", "cache", "teachers", "parts"},
@@ -64,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cli": {
         "dna",  # inspect spells a k-mer
-        *{"errors", "progress", "durable", "hold", "recipe", "cache"},
+        *{"errors", "progress", "sizes", "durable", "hold", "recipe", "cache"},
         *{"survey", "extract", "cluster", "audit", "distill", "run", "report"},
         "students",  # doctor says which kernel runs
     },
@@ -175,7 +176,18 @@ def test_genomes_recipes_and_caches_never_load_torch() -> None:
         f"had_pipe.{name}"
         for name in MODULES
         if name.split(".")[0]
-        in {"errors", "progress", "draws", "durable", "dna", "recipe", "corpus", "cache", "report"}
+        in {
+            "errors",
+            "progress",
+            "sizes",
+            "draws",
+            "durable",
+            "dna",
+            "recipe",
+            "corpus",
+            "cache",
+            "report",
+        }
         | {"hold", "run", "card"}
     ]
     assert len(data_path) > 10

@@ -30,9 +30,9 @@ from had_pipe.cli.shown import (
     print_facts,
     print_json,
     reporter,
-    size,
 )
 from had_pipe.errors import CacheCorrupt, CacheIncomplete, RecipeError
+from had_pipe.sizes import size
 
 if TYPE_CHECKING:
     from had_pipe.audit import Audit, Failure

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from had_pipe import __version__
 from had_pipe.cli.arguments import JsonOption
-from had_pipe.cli.shown import answering, print_facts, print_json, size
+from had_pipe.cli.shown import answering, print_facts, print_json
+from had_pipe.sizes import size
 
 _PACKAGES = ("torch", "transformers", "safetensors", "zarr", "numpy", "pydantic")
 _EXTRA_PACKAGES = {

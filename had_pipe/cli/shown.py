@@ -24,6 +24,7 @@ from had_pipe.durable import as_storage_error
 from had_pipe.errors import HadPipeError, Interrupted, RecipeError
 from had_pipe.errors import shown as harmless
 from had_pipe.progress import Progress, Reporter
+from had_pipe.sizes import size
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -239,18 +240,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def size(nbytes: float) -> str:
-    """Bytes in decimal units."""
-    if nbytes < 1000:
-        return f"{nbytes:,.0f} bytes"
-    for unit in ("kB", "MB", "GB"):
-        nbytes /= 1000
-        if nbytes < 999.5:  # beyond it three digits would round to 1e+03
-            return f"{nbytes:.3g} {unit}"
-    nbytes /= 1000
-    return f"{nbytes:.3g} TB" if nbytes < 999.5 else f"{nbytes:,.0f} TB"
 
 
 def figure(value: float) -> str:

@@ -29,9 +29,9 @@ from had_pipe.cli.shown import (
     print_json,
     reporter,
     say_next,
-    size,
 )
 from had_pipe.errors import RecipeError
+from had_pipe.sizes import size
 
 if TYPE_CHECKING:
     from had_pipe.extract import ExtractSummary
