@@ -111,6 +111,8 @@ def _kind(key: str, field: FieldInfo) -> str:
         return "table or path"
     annotation: Any = field.annotation
     metadata = list(field.metadata)
+    if set(get_args(annotation)) == {Path, str}:
+        return "path or URL"
     if get_origin(annotation) in (Union, UnionType):
         annotation = next(part for part in get_args(annotation) if part is not NoneType)
         if hasattr(annotation, "__metadata__"):
@@ -119,13 +121,23 @@ def _kind(key: str, field: FieldInfo) -> str:
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{json.dumps(value)}`" for value in get_args(annotation))
     word = {bool: "true or false", int: "integer", float: "number", str: "string", Path: "path"}
+    listed = get_origin(annotation) is tuple
+    if listed:
+        annotation, metadata = get_args(annotation)[0], []
+        if hasattr(annotation, "__metadata__"):
+            metadata, annotation = list(annotation.__metadata__), annotation.__origin__
+    # Pydantic keeps the rules of an inner type together in a field of its own.
+    metadata = [
+        rule for one in metadata for rule in (one.metadata if isinstance(one, FieldInfo) else [one])
+    ]
     bounds = [
         f"{sign} {_bound(getattr(rule, name))}"
         for rule in metadata
         for kind, name, sign in ((Gt, "gt", ">"), (Ge, "ge", "≥"), (Lt, "lt", "<"), (Le, "le", "≤"))
         if isinstance(rule, kind)
     ]
-    return ", ".join([word[annotation], *bounds])
+    kind = f"list of {word[annotation]}s" if listed else word[annotation]
+    return ", ".join([kind, *bounds])
 
 
 def _bound(value: float) -> str:

@@ -89,7 +89,7 @@ def extract_on_cluster(
     """
     assert (workers is None) != (scheduler is None)
     asked = Job.of(recipe)
-    path = asked.cache.path
+    path = asked.path
     bench = Bench(asked, device, offline, teacher, local=scheduler is None)
     made, windows, seconds = 0, 0, 0.0
     with _client(workers, scheduler) as client, _Crew(client, bench, patience, report) as crew:
@@ -273,7 +273,7 @@ class Bench(WorkerPlugin):
         local: bool,
     ) -> None:
         self.asked = asked
-        self.path = asked.cache.path
+        self.path = asked.path
         self._device, self._offline, self._teacher_of, self._local = device, offline, teacher, local
         self._version = __version__
         # One recipe, one bench: whoever comes again replaces what a dead client left.

@@ -103,7 +103,7 @@ def distill(
     if recipe.train is None:
         raise RecipeError("missing table [train]: distill needs at least out, steps and batch")
     torch_device = _device(device)
-    opened = [Cache.open(path) for path in (caches or [recipe.cache.path])]
+    opened = [Cache.open(path) for path in (caches or [recipe.cache.folder])]
     require_alike(opened, space=recipe.objective.target)
     for cache in opened:
         require_split(cache, "train")

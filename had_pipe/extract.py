@@ -100,7 +100,7 @@ def extract(
     Raises any HadPipeError; whatever was committed stays.
     """
     asked = Job.of(recipe)
-    path = asked.cache.path
+    path = asked.path
     if repair and share is not None:
         raise RecipeError(
             "--repair reads the whole cache, and N shares would read it N times: repair without "
@@ -134,7 +134,7 @@ def ensure_plan(
 
     With `repair`, receipts of damaged parts, and the seal, are taken back as well.
     """
-    path = asked.cache.path
+    path = asked.path
     check_teacher(teacher, asked.windows)
     references = [corpus.read_reference(genome, report=report) for genome in asked.genomes]
     described = describe(asked, references, teacher)

@@ -28,6 +28,8 @@ class Job:
     genomes: Sequence[Genome]
     windows: Windows
     cache: CacheRecipe
+    path: Path
+    """Where the cache is made."""
 
     @staticmethod
     def of(recipe: Recipe) -> Job:
@@ -41,7 +43,7 @@ class Job:
                 )
         assert recipe.teacher is not None
         assert recipe.windows is not None
-        return Job(recipe.teacher, recipe.genome, recipe.windows, recipe.cache)
+        return Job(recipe.teacher, recipe.genome, recipe.windows, recipe.cache, recipe.cache.folder)
 
     def load(self, device: str, offline: bool) -> Teacher:
         return load_teacher(

@@ -37,6 +37,8 @@ def _path(value: object, info: ValidationInfo) -> Path:
         return value
     if not isinstance(value, str) or not value:
         raise ValueError("must be a path in quotes")
+    if _URL.match(value):
+        raise ValueError("must be a path on this machine: only [cache] path may be a URL")
     folder: Path = (info.context or {}).get("folder", Path())
     try:
         return (folder / Path(value).expanduser()).resolve()
@@ -45,6 +47,15 @@ def _path(value: object, info: ValidationInfo) -> Path:
 
 
 RecipePath = Annotated[Path, BeforeValidator(_path)]
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+def _path_or_url(value: object, info: ValidationInfo) -> Path | str:
+    return value if isinstance(value, str) and _URL.match(value) else _path(value, info)
+
+
+PathOrURL = Annotated[Path | str, PlainValidator(_path_or_url)]
 
 Splits = Path | Mapping[str, tuple[str, ...] | float]
 """A BED file; contig names by split; or {"blocks": bases, split: share, ...}."""
@@ -208,8 +219,8 @@ class Windows(Section):
 class Cache(Section):
     """`[cache]`: where the cache lies and how embeddings are stored in it."""
 
-    path: RecipePath
-    """The cache's folder."""
+    path: PathOrURL
+    """The cache's folder. A recipe that only distils may name the URL of a shared cache."""
     codec: Literal["int8", "exact", "compact", "tiny"] = "int8"
     """`int8`: channel-normalised, one scale a token; `exact`: the teacher's own bits; `compact`,
     `tiny`: a fourth and an eighth of float16, with levels learnt from a sample."""
@@ -227,6 +238,16 @@ class Cache(Section):
         if (self.licence is None) != (self.licence_reason is None):
             raise ValueError("licence and licence_reason go together")
         return self
+
+    @property
+    def folder(self) -> Path:
+        """Where a cache is made. Raises RecipeError where the recipe names a URL."""
+        if isinstance(self.path, Path):
+            return self.path
+        raise RecipeError(
+            "[cache] path is a URL: from there caches are only read, by distill; give the folder "
+            "to make the cache in, or `had-pipe cache fetch URL FOLDER` to have a copy of that one"
+        )
 
 
 class Student(Section):
@@ -285,6 +306,12 @@ class Train(Section):
     """Optimiser steps."""
     batch: Annotated[int, Field(gt=0)]
     """Windows a step, over all processes."""
+    weights: (
+        Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=1)]
+        | None
+    ) = None
+    """For several caches, one number for each `--cache` in their order: `[3, 1]` takes three
+    windows of the first for one of the second. Without it every window comes equally often."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
     """Peak learning rate of AdamW."""
     lr_final: Annotated[float, Field(ge=0)] = 1e-4
@@ -385,7 +412,6 @@ _EXPECTED = {
     "bool_type": "true or false",
     "path_type": "a path in quotes",
     "model_type": "a table",
-    "tuple_type": "a list of tables",
 }
 
 
@@ -435,6 +461,9 @@ def _requirement(fault: ErrorDetails) -> str:
         if "40" in context["pattern"]:
             return "a 40-digit commit hash"
         return "letters, digits, '.', '_' and '-'"
+    if kind == "tuple_type":
+        of = "tables" if len(fault["loc"]) == 1 else "numbers"
+        return f"a list of {of}, not {type(value).__name__}"
     if kind in _EXPECTED:
         return f"{_EXPECTED[kind]}, not {type(value).__name__}"
     bounds = {

@@ -82,7 +82,8 @@ def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
     identity: dict[str, Any] = {"format": document["format"], "order": document["order"]}
     for section, values in document["recipe"].items():
         for key, value in values.items():
-            if section != "train" or key not in _CADENCE:
+            # A key without a value is not there: a run goes on when its recipe learns a new key.
+            if value is not None and (section != "train" or key not in _CADENCE):
                 identity[f"{section}.{key}"] = value
     for i, cache in enumerate(document["caches"]):
         identity[f"cache {i + 1}" if i else "cache"] = cache["id"]

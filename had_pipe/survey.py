@@ -116,7 +116,7 @@ def survey(
     Raises RecipeError, InputError, NetworkError, CacheError.
     """
     asked = Job.of(recipe)
-    check_free_for_us(asked.cache.path)
+    check_free_for_us(asked.path)
     references = [corpus.read_reference(genome, report=report) for genome in asked.genomes]
     teacher = asked.load(device, offline)
     check_teacher(teacher, asked.windows)
@@ -143,7 +143,7 @@ def survey(
     else:
         needed, needed_files = plan.shards_nbytes(left), len(left) * (len(plan.signals) + 1)
     return Survey(
-        cache=asked.cache.path,
+        cache=asked.path,
         state=state,
         teacher=described_teacher(teacher, asked.teacher),
         genomes=[reference.described for reference in references],
@@ -164,8 +164,8 @@ def survey(
         codecs=dict(sorted(costs.items(), key=lambda cost: -cost[1].group_nbytes)),
         probed_groups=len(probe.sample) * asked.windows.stored,
         needed_groups=_least_windows(asked.windows.stored, teacher) * asked.windows.stored,
-        free_nbytes=free_nbytes(asked.cache.path),
-        free_files=free_files(asked.cache.path),
+        free_nbytes=free_nbytes(asked.path),
+        free_files=free_files(asked.path),
         windows_per_second=probe.windows_per_second,
         batch=batch,
         seconds=windows / probe.windows_per_second,
@@ -326,7 +326,7 @@ def _state(
     given: Statistics | None,
 ) -> tuple[str, Sequence[Part] | None]:
     """How far the cache is, and the parts still to be made; None where it is not this recipe's."""
-    path = asked.cache.path
+    path = asked.path
     if not (path / layout.PLAN).exists():
         return "new", None
     try:
@@ -374,7 +374,7 @@ def _implied(licence: str) -> str:
 
 def _notes(asked: Job, *, needed: int, files: int) -> list[str]:
     notes = []
-    free, places = free_nbytes(asked.cache.path), free_files(asked.cache.path)
+    free, places = free_nbytes(asked.path), free_files(asked.path)
     if needed > free:
         notes.append(
             f"too little room: {needed / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free; "

@@ -78,6 +78,33 @@ def test_a_lab_that_only_distils_leaves_the_first_tables_out(tmp_path: Path) -> 
     assert recipe.train is None
 
 
+@pytest.mark.parametrize("url", ["https://host/caches/one", "s3://bucket/one", "HTTP://[::1]:80/"])
+def test_a_cache_may_be_a_url_where_it_is_only_read(tmp_path: Path, url: str) -> None:
+    recipe = read_recipe(written(tmp_path, f'[cache]\npath = "{url}"\n'))
+    assert recipe.cache.path == url
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    with pytest.raises(RecipeError, match=r"\[cache\] path is a URL: .* only read, by distill"):
+        recipe.cache.folder  # noqa: B018
+
+
+def test_a_folder_with_a_colon_is_no_url(tmp_path: Path) -> None:
+    recipe = read_recipe(written(tmp_path, '[cache]\npath = "a:b//c"\n'))
+    assert recipe.cache.path == recipe.cache.folder == tmp_path / "a:b" / "c"
+
+
+def test_weights_are_positive_numbers_one_a_cache(tmp_path: Path) -> None:
+    train = read_recipe(written(tmp_path, WHOLE + "weights = [3, 0.5]\n")).train
+    assert train is not None
+    assert train.weights == (3.0, 0.5)
+    for value, said in (
+        ("[3, 0]", "weights = 0: must be more than 0.0"),
+        ("[3, '1']", "weights = '1': must be a number, not str"),
+        ("[3, inf]", "weights = inf: must be finite"),
+        ("3", "weights = 3: must be a list of numbers, not int"),
+    ):
+        assert faults(tmp_path, WHOLE + f"weights = {value}\n") == [f"[train] {said}"]
+
+
 def test_paths_are_relative_to_the_recipe_and_not_to_where_one_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +188,12 @@ REFUSED = [
         "[[genome]] number 1: name = 'a b': must be letters, digits, '.', '_' and '-'",
     ),
     ('path = "g.fa"', "", "[[genome]] number 1: missing key 'path'"),
+    (
+        'path = "g.fa"',
+        "path = 'http://x/g.fa'",
+        "[[genome]] number 1: path = 'http://x/g.fa': must be a path on this machine: only [cache] "
+        "path may be a URL",
+    ),
     ('path = "g.fa"', "path = 3", "[[genome]] number 1: path = 3: must be a path in quotes"),
     (
         '{ valid = ["chr8"] }',
@@ -353,6 +386,8 @@ def test_any_value_is_refused_with_its_key_or_preserved(
         assert kept == str((tmp_path / value).resolve())
     elif isinstance(value, Mapping):
         assert {name: list(v) if isinstance(v, tuple) else v for name, v in kept.items()} == value
+    elif isinstance(kept, tuple):
+        assert kept == tuple(map(float, value))
     else:
         assert kept == (float(value) if isinstance(kept, float) else value)
         assert isinstance(kept, bool) == isinstance(value, bool)

@@ -26,12 +26,17 @@ def a_document(**train: Any) -> dict[str, Any]:
 
 def test_a_run_is_what_decides_its_result_and_not_how_often_or_where(tmp_path: Path) -> None:
     begin(tmp_path, a_document())
-    same = {**a_document(log_every=1), "device": "another", "versions": {"torch": "3"}}
+    same = {
+        **a_document(log_every=1, weights=None),
+        "device": "another",
+        "versions": {"torch": "3"},
+    }
     begin(tmp_path, same)
     assert run_id(same) == run_id(a_document())
     assert json.loads((tmp_path / "run.json").read_text()) == a_document()
     for other in (
         a_document(lr=2e-3),
+        a_document(weights=[3.0, 1.0]),
         a_document(new=None, lr=1e-3, steps=6),
         {**a_document(), "order": 2},
         {**a_document(), "caches": [{"id": "60" * 32}]},
