@@ -51,17 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "distill": {
         *{"errors", "progress", "draws", "durable", "dna", "recipe", "cache"},
-        *{
-            "students",
-            "objectives",
-            "order",
-            "stream",
-            "checkpoint",
-            "floors",
-            "hold",
-            "run",
-            "card",
-        },
+        *{"students", "objectives", "order", "stream", "checkpoint", "floors", "hold", "run"},
+        "card",
     },
     "cli": {
         "dna",  # inspect spells a k-mer
