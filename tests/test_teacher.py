@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ECOLI, REPOSITORY
 from huggingface_hub import constants as hub_constants
@@ -164,6 +165,87 @@ def test_cuda_in_bfloat16_stays_close_to_the_cpu(folder: Path) -> None:
     assert there.device.type == "cuda"
     here = load(folder).embed(kmer_id_WT, hidden_WT)
     assert float(torch.cosine_similarity(here, there.cpu().float(), dim=-1).min()) > 0.999
+
+
+# --- weights in several files --------------------------------------------------------------------
+
+
+def shard(folder: Path, *, suffix: str) -> dict[str, str]:
+    """A folder's weights put into three files, as the hub has large models; file by tensor."""
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    stem = {".safetensors": "model", ".bin": "pytorch_model"}[suffix]
+    holds = {key: f"{stem}-{i % 3 + 1:05d}-of-00003{suffix}" for i, key in enumerate(stored)}
+    for name in set(holds.values()):
+        some = {key: stored[key] for key in stored if holds[key] == name}
+        if suffix == ".bin":
+            torch.save(some, folder / name)
+        else:
+            safetensors.torch.save_file(some, folder / name)
+    index = {"metadata": {"total_size": 1}, "weight_map": holds}
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+    return holds
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_weights_in_several_files_are_the_same_teacher_named_by_all_of_them(
+    folder: Path, suffix: str
+) -> None:
+    kmer_id_WT, hidden_WT = some_kmers(2, 20), np.zeros((2, 20), dtype=np.bool_)
+    expected = load(folder).embed(kmer_id_WT, hidden_WT)
+    shard(folder, suffix=suffix)
+    teacher = load(folder)
+    assert torch.equal(teacher.embed(kmer_id_WT, hidden_WT), expected)
+    listed = subprocess.run(
+        f"LC_ALL=C sha256sum *{suffix} | sha256sum",
+        shell=True,
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert teacher.weights_sha256 == listed.split()[0]
+
+
+def test_what_is_wrong_with_several_files_is_said(folder: Path) -> None:
+    holds = shard(folder, suffix=".safetensors")
+    index = folder / "model.safetensors.index.json"
+    one, two, three = sorted(set(holds.values()))
+    whole = (folder / two).read_bytes()
+
+    (folder / two).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(InputError, match=rf"{two}: a Git LFS pointer in place of the weights"):
+        load(folder)
+    (folder / two).write_bytes(whole[:-100])
+    with pytest.raises(InputError, match=rf"{two}: .* the file is damaged"):
+        load(folder)
+    (folder / two).unlink()
+    with pytest.raises(
+        InputError, match=rf"{two}: is missing \(1 of the 3 files that model\.safet"
+    ):
+        load(folder)
+    (folder / two).write_bytes((folder / one).read_bytes())
+    with pytest.raises(InputError, match=rf"{two}: \S+ stands in another shard too"):
+        load(folder)
+    for told in (
+        {"a": "../model.safetensors"},
+        {"a": "/etc/passwd.safetensors"},
+        {"a": "x.bin"},
+        {str(i): f"{i}.safetensors" for i in range(5_000)},
+    ):
+        index.write_text(json.dumps({"weight_map": told}))
+        with pytest.raises(
+            InputError, match=r"its weight_map names [\d,]+ files, expected at most"
+        ):
+            load(folder)
+    for bad in ({}, {"weight_map": {"a": 1}}, {"weight_map": []}):
+        index.write_text(json.dumps(bad))
+        with pytest.raises(InputError, match="expected a weight_map of tensors"):
+            load(folder)
+    index.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(InputError, match=r"index\.json: a Git LFS pointer in place of the file"):
+        load(folder)
+    assert (folder / three).is_file()
 
 
 # --- what is refused -----------------------------------------------------------------------------

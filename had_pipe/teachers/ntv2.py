@@ -9,19 +9,16 @@ W windows, T tokens (`<cls>` and T - 1 k-mers where both occur), D channels, H h
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -29,9 +26,14 @@ from torch import Tensor, nn
 
 from had_pipe.dna.kmers import KMERS, K, decode_kmers
 from had_pipe.errors import InputError
-
-CONFIG_FILE = "config.json"
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+from had_pipe.teachers.folder import (
+    CONFIG_FILE,
+    WEIGHT_FILES,
+    read_config_file,
+    read_weights,
+    weight_files,
+)
+from had_pipe.teachers.numerics import compute_dtype, dtype_name, numerics
 
 MASK_TOKEN = 2
 CLS_TOKEN = 3
@@ -50,9 +52,9 @@ TOKEN_OF_KMER = _token_table()
 """The teacher's token id of every k-mer id, (4096,)."""
 
 Head = Literal["none", "language"]
+"""What comes after the encoder."""
 
 # Ceilings for a folder that a stranger made; the largest NT-v2 has 32 layers of width 1024.
-_LARGEST_CONFIG = 1 << 22
 _MOST = {
     "hidden_size": 1 << 16,
     "num_hidden_layers": 1 << 10,
@@ -339,77 +341,19 @@ def read_config(folder: Path) -> NTv2Config:
     return config
 
 
-def read_config_file(folder: Path) -> dict[str, Any]:
-    """config.json as it stands; raises InputError where there is none."""
-    path = folder / CONFIG_FILE
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: expected an ordinary file; get the file again.")
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_LARGEST_CONFIG + 1)
-        if len(raw) > _LARGEST_CONFIG:
-            raise ValueError(f"more than {_LARGEST_CONFIG:,} bytes")
-        found = json.loads(raw.decode("utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder}: there is no {CONFIG_FILE}; a teacher's folder holds {CONFIG_FILE} and "
-            f"{' or '.join(WEIGHT_FILES)}."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); get the file again.") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object; get the file again.")
-    return found
-
-
-def weight_file(folder: Path) -> Path:
-    """The weights in a folder: safetensors where there is one, else the older format."""
-    for name in WEIGHT_FILES:
-        path = folder / name
-        if path.is_file():
-            with path.open("rb") as file:
-                if file.read(24).startswith(b"version https://git-lfs"):
-                    raise InputError(
-                        f"{path}: a Git LFS pointer in place of the weights; "
-                        "fetch them with `git lfs pull`."
-                    )
-            return path
-    raise InputError(f"{folder}: no weights: neither {' nor '.join(WEIGHT_FILES)} is here.")
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    damaged = "the file is damaged or not a checkpoint; get it again."
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise InputError(f"{path}: {error}: {damaged}") from error
-    try:
-        # The format before torch 1.6 cannot be mapped into memory.
-        mapped = zipfile.is_zipfile(path)
-        if mapped:
-            with zipfile.ZipFile(path) as entries:
-                if sum(entry.file_size for entry in entries.infolist()) > path.stat().st_size:
-                    raise ValueError("compressed entries, which torch never writes")
-        # weights_only: the unpickler makes tensors and nothing else, so loading runs no code.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # on a damaged file the unpickler raises whatever it trips over
-        told = str(error).splitlines()[:1] or [type(error).__name__]
-        raise InputError(f"{path}: {told[0]}: {damaged}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path}: holds something else than named tensors: {damaged}")
-    return state
-
-
-def load_checkpoint(folder: Path, *, head: Head = "none") -> NTv2:
+def load_checkpoint(folder: Path, *, head: Head | Literal["stored"] = "none") -> NTv2:
     """The model of a folder laid out as on the hub, float32 on the CPU, in evaluation mode.
 
     Needed keys are required, unneeded ones refused, but for the buffers and tables of the hub's
-    model that no output depends on and, with head "none", the language-model head.
+    model that no output depends on and, with head "none", the language-model head. "stored" takes
+    that head where there is one.
     """
     config = read_config(folder)
-    path = weight_file(folder)
-    stored = _read_weights(path)
+    files = weight_files(folder)
+    path = files[0] if len(files) == 1 else folder
+    stored = read_weights(files)
+    if head == "stored":
+        head = "language" if any(key.startswith("lm_head.") for key in stored) else "none"
     with torch.device("meta"):
         model = NTv2(config, head=head)
     # Held against the stored tensors before there is memory for what config.json asks.
@@ -440,7 +384,7 @@ def load_checkpoint(folder: Path, *, head: Head = "none") -> NTv2:
             )
         if not tensor.is_floating_point():
             raise InputError(
-                f"{path}: {key} is {_dtype_name(tensor.dtype)}, expected floating point; "
+                f"{path}: {key} is {dtype_name(tensor.dtype)}, expected floating point; "
                 "quantised checkpoints are not read."
             )
     model.to_empty(device="cpu")
@@ -452,10 +396,6 @@ def load_checkpoint(folder: Path, *, head: Head = "none") -> NTv2:
 
 def _by(shape: tuple[int, ...] | torch.Size) -> str:
     return " x ".join(str(s) for s in shape) or "a scalar"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def save_checkpoint(
@@ -488,7 +428,7 @@ def save_checkpoint(
         "is_folding_model": False,
         "pad_token_id": 1,
         "mask_token_id": MASK_TOKEN,
-        "torch_dtype": _dtype_name(dtype),
+        "torch_dtype": dtype_name(dtype),
         **(extra or {}),
     }
     tensors = {
@@ -502,16 +442,11 @@ def save_checkpoint(
     (folder / CONFIG_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as it lies on disk."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class NTv2Teacher:
     """An NT-v2 held to one layer and one device; see `teachers.teacher.Teacher`."""
 
     k = K
+    token_bases = K
 
     def __init__(
         self,
@@ -524,8 +459,7 @@ class NTv2Teacher:
         layer: int,
         device: torch.device,
     ) -> None:
-        # Half precision is for the tensor cores; on a CPU it is slower and less exact.
-        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        compute = compute_dtype(device)
         self.name = name
         self.revision = revision
         self.weights_sha256 = weights_sha256
@@ -533,13 +467,8 @@ class NTv2Teacher:
         self.layer = layer
         self.channels = model.config.hidden_size
         self.context = model.config.context
-        self.dtype = _dtype_name(compute)
-        self.numerics: Mapping[str, str | int] = {
-            "torch": torch.__version__.split("+")[0],
-            "kernels": "sdpa",
-            "dtype": self.dtype,
-            **_machine(device),
-        }
+        self.dtype = dtype_name(compute)
+        self.numerics = numerics(device, kernels="sdpa")
         self._device = device
         self._compute = compute
         self._model = model.eval().requires_grad_(False).to(device).compute_in(compute)
@@ -547,28 +476,37 @@ class NTv2Teacher:
 
     def embed(self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_]) -> Tensor:
         """Features (W, T, D) on the teacher's device, `<mask>` where `hidden_WT` is True."""
+        with torch.inference_mode():
+            feat_WTD = self._features(kmer_id_WT, hidden_WT, self.layer)
+            return feat_WTD.to(self._compute)
+
+    def masked_loss(
+        self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float64] | None:
+        """Nats of every hidden k-mer, in order; see `teachers.teacher.LanguageModel`."""
+        if self._model.head is None:
+            return None
+        with torch.inference_mode():
+            feat_WTD = self._features(kmer_id_WT, hidden_WT, -1)
+            hidden = torch.from_numpy(np.ascontiguousarray(hidden_WT)).to(self._device)
+            token = torch.from_numpy(TOKEN_OF_KMER[kmer_id_WT[hidden_WT]]).to(self._device)
+            logits = self._model.logits(feat_WTD[hidden]).float()
+            nats = F.cross_entropy(logits, token, reduction="none")
+        return nats.double().cpu().numpy()
+
+    def _features(
+        self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_], layer: int
+    ) -> Tensor:
         windows, kmers = kmer_id_WT.shape
         assert hidden_WT.shape == (windows, kmers)
         assert 1 <= kmers <= self.context
         assert kmer_id_WT.size == 0 or int(kmer_id_WT.max()) < KMERS
-        with torch.inference_mode():
-            kmer_id = torch.from_numpy(kmer_id_WT.astype(np.int64)).to(self._device)
-            hidden = torch.from_numpy(np.ascontiguousarray(hidden_WT)).to(self._device)
-            token = self._token_of_kmer[kmer_id].masked_fill(hidden, MASK_TOKEN)
-            cls = token.new_full((windows, 1), CLS_TOKEN)
-            feat_WTD: Tensor = self._model(torch.cat((cls, token), dim=1), layer=self.layer)
-            return feat_WTD[:, 1:].to(self._compute)
-
-
-def _machine(device: torch.device) -> dict[str, str | int]:
-    """What of a device decides the last bits of its sums."""
-    if device.type == "cuda":
-        return {"device": f"cuda:{torch.cuda.get_device_name(device)}"}
-    return {
-        "device": device.type,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-    }
+        kmer_id = torch.from_numpy(kmer_id_WT.astype(np.int64)).to(self._device)
+        hidden = torch.from_numpy(np.ascontiguousarray(hidden_WT)).to(self._device)
+        token = self._token_of_kmer[kmer_id].masked_fill(hidden, MASK_TOKEN)
+        cls = token.new_full((windows, 1), CLS_TOKEN)
+        feat_WTD: Tensor = self._model(torch.cat((cls, token), dim=1), layer=layer)
+        return feat_WTD[:, 1:]
 
 
 def random_model(config: NTv2Config, *, seed: int, head: Head = "none") -> NTv2:

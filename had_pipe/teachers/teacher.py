@@ -17,29 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from had_pipe.errors import InputError, NetworkError, RecipeError
-from had_pipe.errors import shown as harmless
 
 if TYPE_CHECKING:
     import torch
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_CARD_NBYTES = 1 << 16
-_NT_LICENCE = "CC-BY-NC-SA-4.0"
-_SPDX = {
-    name.lower(): name
-    for name in (
-        "Apache-2.0",
-        "BSD-3-Clause",
-        "CC-BY-4.0",
-        "CC-BY-NC-4.0",
-        "CC-BY-NC-SA-4.0",
-        "CC-BY-SA-4.0",
-        "CC0-1.0",
-        "GPL-3.0",
-        "MIT",
-    )
-}
 
 
 class Teacher(Protocol):
@@ -106,13 +89,8 @@ def load_teacher(
     products are in bfloat16, on the CPU in float32. `offline` takes a hub name from the local hub
     cache alone.
     """
-    from had_pipe.teachers.ntv2 import (
-        NTv2Teacher,
-        file_sha256,
-        load_checkpoint,
-        read_config,
-        weight_file,
-    )
+    from had_pipe.teachers.folder import licence, weight_files, weights_sha256
+    from had_pipe.teachers.ntv2 import NTv2Teacher, load_checkpoint, read_config
 
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -136,13 +114,12 @@ def load_teacher(
             f"[teacher] layer = {layer}: {shown} has blocks 1 to {blocks}; name one of them, "
             "or -1 for the output of the final norm."
         )
-    path = weight_file(folder)
     return NTv2Teacher(
-        load_checkpoint(folder),
+        load_checkpoint(folder, head="stored"),
         name=shown,
         revision=revision,
-        weights_sha256=file_sha256(path),
-        licence=_licence(shown, folder),
+        weights_sha256=weights_sha256(weight_files(folder)),
+        licence=licence(shown, folder),
         layer=layer,
         device=_device(device),
     )
@@ -170,7 +147,7 @@ def _from_hub(name: str, revision: str | None, *, offline: bool) -> Path:
     from huggingface_hub import errors as hub_errors
     from huggingface_hub import snapshot_download
 
-    from had_pipe.teachers.ntv2 import CONFIG_FILE, WEIGHT_FILES
+    from had_pipe.teachers.folder import CONFIG_FILE, WEIGHT_FILES
 
     if revision is None or not _COMMIT.fullmatch(revision):
         raise RecipeError(
@@ -215,23 +192,3 @@ def _from_hub(name: str, revision: str | None, *, offline: bool) -> Path:
             f"{where}: the download failed ({type(error).__name__}); run again to continue it."
         ) from error
     return folder
-
-
-def _licence(name: str, folder: Path) -> str:
-    """The licence told by the hub name, config.json or the model card's header."""
-    from had_pipe.teachers.ntv2 import read_config_file
-
-    if name.startswith("InstaDeepAI/"):
-        return _NT_LICENCE
-    config = read_config_file(folder)
-    told = config.get("licence") or config.get("license")
-    card = folder / "README.md"
-    if not told and card.is_file():
-        with card.open("rb") as file:
-            text = file.read(_CARD_NBYTES).decode("utf-8", "replace")
-        header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-        line = header and re.search(r"^licen[cs]e:\s*(\S+)\s*$", header[1], re.MULTILINE)
-        told = line[1].strip("'\"") if line else None
-    if not isinstance(told, str) or not told or len(told) > 200 or harmless(told) != told:
-        return "unknown"
-    return _SPDX.get(told.lower(), told)
