@@ -25,7 +25,7 @@ def student_card(
 ) -> str:
     """README.md of a student, as model hubs read it."""
     plan = caches[0].plan
-    licence = licence_of(caches)
+    licence = plan.licence  # that of every cache: others are not trained on together
     spelt = _hub_licence(licence)
     front = [
         "---",
@@ -91,15 +91,6 @@ def student_card(
 def teacher_of(cache: Cache) -> str:
     """Which teacher, at which revision or weights."""
     return f"{cache.plan.teacher.name} ({_version(cache)})"
-
-
-def licence_of(caches: Sequence[Cache]) -> str:
-    """What binds a student of several caches: the licence of each, as one SPDX expression."""
-    licences = dict.fromkeys(cache.plan.licence for cache in caches)
-    if len(licences) == 1:
-        return next(iter(licences))
-    # AND binds closer than OR.
-    return " AND ".join(f"({one})" if " OR " in one else one for one in licences)
 
 
 def _version(cache: Cache) -> str:

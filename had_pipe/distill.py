@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from had_pipe import __version__, checkpoint, run
 from had_pipe.cache import Cache
-from had_pipe.card import licence_of, student_card, teacher_of
+from had_pipe.card import student_card, teacher_of
 from had_pipe.durable import make_folder, publish, storage, sync_tree
 from had_pipe.errors import (
     CacheMismatch,
@@ -188,7 +188,7 @@ class _Run:
             HADConfig(
                 **recipe.student.model_dump(),
                 decoder_heads=recipe.objective.decoder_heads,
-                licence=licence_of(caches),
+                licence=plan.licence,
                 teacher=teacher_of(caches[0]),
             )
         )

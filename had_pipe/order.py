@@ -309,7 +309,8 @@ class _Epoch:
     ) -> None:
         self._windows = sum(length_C)
         self._length_C = length_C
-        self._base_C = np.cumsum(length_C) - length_C
+        length = np.array(length_C, dtype=np.int64)
+        self._base_C: Rows = np.cumsum(length) - length
         self._shard_N, self._first_N = shard_N, first_N
         self._begin_N = (np.cumsum(rows_N) - rows_N).astype(np.int32)
         """Where a run begins, counted through all streams."""
@@ -374,7 +375,7 @@ class _Epoch:
 
     def _places(self, stream_K: Rows, through_K: Rows) -> Rows:
         """At which places some windows come, given by their streams and counted through all."""
-        windows, length_C = self._windows, np.array(self._length_C)
+        windows, length_C = self._windows, np.array(self._length_C, dtype=np.int64)
         own_K = through_K - self._base_C[stream_K]
         due_K = (2 * own_K + 1) * windows // length_C[stream_K]
         place_K = own_K.copy()

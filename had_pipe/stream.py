@@ -243,6 +243,8 @@ def _meaning(cache: Cache, space: Space) -> dict[str, object]:
         "windows.kmers": plan.windows.kmers,
         "windows.masked": plan.windows.masked,
         "windows.store": plan.windows.store,
+        "codec": plan.codec,
+        "licence": plan.licence,
     }
     if space == "normalised":
         meaning["statistics"] = plan.statistics

@@ -33,6 +33,7 @@ def build_cache(
     spoilt: int | None = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     parts: int | None = None,
+    licence: str = "CC-BY-NC-SA-4.0",
 ) -> Path:
     """A sealed cache of random windows; two of equal shape have one teacher, whatever their seed.
 
@@ -114,10 +115,10 @@ def build_cache(
                 "input": "full",
                 "channels": channels,
                 "dtype": dtype,
-                "licence": "CC-BY-NC-SA-4.0",
+                "licence": licence,
             },
             "codec": codec,
-            "licence": "CC-BY-NC-SA-4.0",
+            "licence": licence,
             "licence_reason": None,
         },
         splits=splits,

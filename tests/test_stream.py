@@ -16,6 +16,7 @@ import torch
 from small_cache import build_cache
 
 from had_pipe.cache import Cache
+from had_pipe.cache.codec import CodecName
 from had_pipe.dna import kmers
 from had_pipe.errors import CacheCorrupt, CacheMismatch, RecipeError
 from had_pipe.stream import Batch, Stream, first_windows, require_alike
@@ -136,13 +137,14 @@ def test_threads_and_read_ahead_change_nothing(tmp_path: Path, threads: int, pre
             assert torch.equal(batch.kmer_id, again.kmer_id)
 
 
-def test_several_caches_make_one_epoch_also_where_codecs_and_statistics_differ(
-    tmp_path: Path,
+@pytest.mark.parametrize("codec", ["int8", "tiny"])
+def test_several_caches_make_one_epoch_also_where_statistics_differ(
+    tmp_path: Path, codec: CodecName
 ) -> None:
     caches = [
-        open_cache(tmp_path / "a", windows=50, part=16, seed=0, codec="int8"),
-        open_cache(tmp_path / "b", windows=30, part=16, seed=1, codec="exact", statistics_seed=9),
-        open_cache(tmp_path / "c", windows=20, part=20, seed=2, codec="tiny", statistics_seed=9),
+        open_cache(tmp_path / "a", windows=50, part=16, seed=0, codec=codec),
+        open_cache(tmp_path / "b", windows=30, part=16, seed=1, codec=codec, statistics_seed=9),
+        open_cache(tmp_path / "c", windows=20, part=20, seed=2, codec=codec, statistics_seed=8),
     ]
     with Stream(caches, batch=10, seed=5) as stream:
         assert stream.order.windows == 100
@@ -189,7 +191,7 @@ def test_first_windows_are_the_first_of_each_cache_by_its_share(tmp_path: Path) 
 
 def test_an_unlike_cache_is_refused_naming_each_difference(tmp_path: Path) -> None:
     one = open_cache(tmp_path / "a", channels=16, kmers=12)
-    other = open_cache(tmp_path / "b", channels=24, kmers=20)
+    other = open_cache(tmp_path / "b", channels=24, kmers=20, codec="exact", licence="MIT")
     with pytest.raises(CacheMismatch) as refusal:
         Stream([one, other], batch=4, seed=0)
     assert str(refusal.value) == (
@@ -197,6 +199,8 @@ def test_an_unlike_cache_is_refused_naming_each_difference(tmp_path: Path) -> No
         "  teacher.channels   16 and 24\n"
         "  windows.kmers   12 and 20\n"
         "  windows.masked   2 and 3\n"
+        "  codec   int8 and exact\n"
+        "  licence   CC-BY-NC-SA-4.0 and MIT\n"
         "Give caches that agree in these."
     )
 
