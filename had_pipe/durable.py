@@ -62,6 +62,21 @@ def free_files(path: Path) -> int | None:
     return told.f_favail if told.f_files else None
 
 
+def require_room(target: Path, nbytes: int, files: int) -> None:
+    """Raise StorageError where what is still to be written does not fit, before any of it is."""
+    free, free_inodes = free_nbytes(target), free_files(target)
+    if nbytes > free:
+        raise StorageError(
+            f"{target}: {nbytes / 1e9:,.2f} GB are still to be written, {free / 1e9:,.2f} GB are "
+            "free; make room, then run the same command again"
+        )
+    if free_inodes is not None and files > free_inodes:
+        raise StorageError(
+            f"{target}: {files:,} files are to be written, the file system has room for "
+            f"{free_inodes:,}; make room, then run the same command again"
+        )
+
+
 def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent

@@ -33,7 +33,6 @@ from small_cache import build_cache
 from threadpoolctl import threadpool_limits
 
 from had_pipe.cache import Cache, archive, integrity, layout
-from had_pipe.cache import recode as module
 from had_pipe.cache.recode import recode
 from had_pipe.errors import (
     CacheCorrupt,
@@ -413,7 +412,7 @@ def test_what_was_begun_from_another_cache_is_not_gone_on_with(
 ) -> None:
     for codec in ("int8", "archive"):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "free_nbytes", lambda path: 10)
+            patch.setattr("had_pipe.durable.free_nbytes", lambda path: 10)
             with pytest.raises(StorageError, match="make room, then run the same command again"):
                 recode(caches["float32"], tmp_path / codec, codec=codec)
         with pytest.raises(CacheMismatch, match=r"begun: .*use another target"):
@@ -424,7 +423,7 @@ def test_what_was_begun_from_another_cache_is_not_gone_on_with(
 def test_too_few_inodes_are_told_beforehand(
     caches: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "free_files", lambda path: 3)
+    monkeypatch.setattr("had_pipe.durable.free_files", lambda path: 3)
     with pytest.raises(StorageError, match="room for 3"):
         recode(caches["float32"], tmp_path / "to", codec="int8")
 

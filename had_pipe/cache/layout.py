@@ -51,7 +51,7 @@ ABSENT = 2**64 - 1
 
 # Ceilings for what a stranger may have made. JSON takes some twenty times its length once parsed;
 # what grows with the cache is bounded by what the plan implies.
-_LARGEST_PLAN = 1 << 20
+LARGEST_PLAN = 1 << 20
 _LARGEST_MANIFEST = 1 << 28
 _LARGEST_NOTE = 1 << 16
 _LARGEST_ARRAY = 1 << 28
@@ -206,10 +206,10 @@ class Plan(_Document):
         except ValidationError as error:
             raise RecipeError(f"no cache can be made of this recipe: {_fault(error)}") from error
         nbytes = len(plan.to_json())
-        if nbytes > _LARGEST_PLAN:
+        if nbytes > LARGEST_PLAN:
             raise RecipeError(
                 f"no cache can be made of this recipe: {PLAN} would have {nbytes:,} bytes, more "
-                f"than {_LARGEST_PLAN:,}; name fewer genomes or contigs"
+                f"than {LARGEST_PLAN:,}; name fewer genomes or contigs"
             )
         return plan
 
@@ -261,7 +261,7 @@ class Plan(_Document):
     def largest_nbytes(self) -> int:
         """Most bytes of any object, but for the manifest: no plan of ours implies a longer one."""
         of_arrays = (shard_nbytes(s, windows=self.part, part=self.part) for s in self.signals)
-        of_json = _LARGEST_PLAN + 6 * self.part * len(self.signals) + 256 * self.teacher.channels
+        of_json = LARGEST_PLAN + 6 * self.part * len(self.signals) + 256 * self.teacher.channels
         chunk = 2 * self.part * self.windows.kmers + CRC_NBYTES
         statistics = (
             int(np.prod(shape)) * np.dtype(dtype).itemsize + CRC_NBYTES
@@ -487,7 +487,7 @@ def read_plan(cache: Path, *, archived: bool = False) -> tuple[Plan, bytes]:
             f"`had-pipe cache recode {cache} TARGET` unpacks it"
         )
     try:
-        raw = _read_json(cache, PLAN, limit=_LARGEST_PLAN)
+        raw = _read_json(cache, PLAN, limit=LARGEST_PLAN)
     except (FileNotFoundError, NotADirectoryError):
         raise CacheRefused(
             f"{cache}: no {PLAN} here, so this is no cache; expected a folder that "
@@ -503,14 +503,19 @@ def parse_plan(cache: Path, raw: bytes) -> Plan:
 
 def read_manifest(cache: Path, plan: Plan) -> Manifest | None:
     """manifest.json, its id checked, or None where the cache is not sealed. Raises CacheRefused."""
-    # 256 bytes hold an object's entry; beside the parts' there are those of metadata and splits.
-    views = sum(len(split.views) for split in plan.splits.values())
-    entries = (len(plan.signals) + 4) * plan.part_count + 16 * (views + len(plan.splits)) + 64
     try:
-        raw = _read_json(cache, MANIFEST, limit=min(_LARGEST_MANIFEST, 256 * entries))
+        raw = _read_json(cache, MANIFEST, limit=manifest_limit(plan))
     except FileNotFoundError:
         return None
     return parse_manifest(cache, raw)
+
+
+def manifest_limit(plan: Plan) -> int:
+    """Most bytes that a plan's manifest can have: 256 hold an object's entry."""
+    # Beside the parts' objects there are those of metadata and splits.
+    views = sum(len(split.views) for split in plan.splits.values())
+    entries = (len(plan.signals) + 4) * plan.part_count + 16 * (views + len(plan.splits)) + 64
+    return min(_LARGEST_MANIFEST, 256 * entries)
 
 
 def parse_manifest(cache: Path, raw: bytes) -> Manifest:

@@ -45,8 +45,8 @@ from had_pipe.cache.layout import (
 )
 from had_pipe.cache.loci import WindowTable
 from had_pipe.cache.reader import Cache
-from had_pipe.durable import free_files, free_nbytes, storage, write_file
-from had_pipe.errors import CacheCorrupt, CacheMismatch, CacheRefused, RecipeError, StorageError
+from had_pipe.durable import require_room, storage, write_file
+from had_pipe.errors import CacheCorrupt, CacheMismatch, CacheRefused, RecipeError
 from had_pipe.hold import held
 from had_pipe.progress import Progress, Reporter, silent
 
@@ -138,7 +138,7 @@ def _pack(source: Path, target: Path, repair: bool, begun: float, report: Report
     else:
         with _target(target, f"archive of {opened.id}", lambda plan: plan == opened.plan):
             files = opened.plan.part_count * (len(opened.plan.signals) + 1)
-            _check_room(target, int(opened.nbytes * _SMALLEST_ARCHIVE) - _nbytes(target), files)
+            require_room(target, int(opened.nbytes * _SMALLEST_ARCHIVE) - _nbytes(target), files)
             moved = archive.pack(source, target, report=report)
             integrity.clear_work(target)
     return Recoded(
@@ -180,7 +180,7 @@ def _unpack(
         _tidy(target)
     else:
         with _target(target, f"cache {index.cache}", lambda there: there == plan):
-            _check_room(target, whole - _nbytes(target), len(manifest.objects))
+            require_room(target, whole - _nbytes(target), len(manifest.objects))
             moved = archive.unpack(source, target, report=report)
             integrity.clear_work(target)
     return Recoded(
@@ -234,7 +234,7 @@ def _recode(
                 plan = _make_plan(source, target, name, wanted)
             parts = integrity.missing_parts(target, plan)
             files = len(parts) * (len(plan.signals) + 1)
-            _check_room(target, plan.shards_nbytes(parts), files)
+            require_room(target, plan.shards_nbytes(parts), files)
             _make_parts(source, target, plan, parts, report)
             made = len(parts)
             integrity.seal(target, report=report)
@@ -497,21 +497,6 @@ def _check_free(target: Path, making: str) -> None:
 
 def _other(target: Path, found: str, wanted: str) -> CacheMismatch:
     return CacheMismatch(f"{target}: holds {found}, not {wanted}; use another target")
-
-
-def _check_room(target: Path, nbytes: int, files: int) -> None:
-    """Raises StorageError where what is still to be written does not fit, before any of it is."""
-    free, free_inodes = free_nbytes(target), free_files(target)
-    if nbytes > free:
-        raise StorageError(
-            f"{target}: {nbytes / 1e9:,.2f} GB are still to be written, {free / 1e9:,.2f} GB are "
-            "free; make room, then run the same command again"
-        )
-    if free_inodes is not None and files > free_inodes:
-        raise StorageError(
-            f"{target}: {files:,} files are to be written, the file system has room for "
-            f"{free_inodes:,}; make room, then run the same command again"
-        )
 
 
 def _tidy(target: Path) -> None:
