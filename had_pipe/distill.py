@@ -10,22 +10,18 @@ B windows of a batch, T k-mers, V visible groups, D teacher channels, S = 6T bas
 from __future__ import annotations
 
 import logging
-import math
 import platform
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from had_pipe import __version__, checkpoint, run
 from had_pipe.cache import Cache
@@ -34,16 +30,17 @@ from had_pipe.durable import make_folder, publish, storage, sync_tree
 from had_pipe.errors import (
     CacheMismatch,
     InputError,
-    Interrupted,
     NonFiniteError,
     RecipeError,
 )
 from had_pipe.floors import Floors, Seen
 from had_pipe.hold import held
-from had_pipe.objectives import HADObjective, Losses
+from had_pipe.learner import TERMS, Gradient, Learner, learning_rate
+from had_pipe.objectives import HADObjective
 from had_pipe.order import ORDER_VERSION
 from had_pipe.progress import Progress, Reporter, silent
-from had_pipe.recipe import Recipe, Train
+from had_pipe.recipe import Recipe
+from had_pipe.signals import Signals, Stopped
 from had_pipe.stream import (
     Batch,
     Stream,
@@ -51,20 +48,13 @@ from had_pipe.stream import (
     require_alike,
     require_split,
 )
-from had_pipe.students import (
-    HADConfig,
-    HADModel,
-    kernel,
-    save_student,
-    spell,
-)
+from had_pipe.students import HADConfig, HADModel, kernel, save_student
 
 FLOOR_WINDOWS = 8192
 """Training windows that the floors are learnt from, at most."""
 _FLOOR_ELEMENTS = 1 << 22
 """Elements of an embedding in one batch of that."""
-
-_TERMS = ("loss", "align", "reconstruct", "accuracy", "cosine")
+_BEFORE = "before the first step"
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +109,7 @@ def distill(
     make_folder(out)
     with (
         held(out, lock=".lock", doing="training this run"),
-        _Signals() as signals,
+        Signals() as signals,
         torch.random.fork_rng(_forked(torch_device)),
     ):
         training = _Run(recipe, opened, torch_device, report=report, signals=signals)
@@ -128,29 +118,6 @@ def distill(
             training.train()
             training.publish_student()
         return _summary(training, already_done=already_done)
-
-
-def learning_rate(train: Train, step: int) -> float:
-    """Of step 1, 2, ... `steps`: a line up to lr, then a cosine that ends at lr_final."""
-    if step <= train.warmup:
-        return train.lr * step / train.warmup
-    share = (step - train.warmup) / (train.steps - train.warmup)
-    return train.lr_final + (train.lr - train.lr_final) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def parameter_groups(modules: Sequence[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, embeddings, A_log and dt_bias do not (Caduceus, fla)."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for module in modules:
-        embedded = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
-        for parameter in module.parameters():
-            keep = parameter.ndim < 2 or id(parameter) in embedded
-            (kept if keep else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
 
 
 class _Run:
@@ -163,7 +130,7 @@ class _Run:
         device: torch.device,
         *,
         report: Reporter,
-        signals: _Signals,
+        signals: Signals,
     ) -> None:
         assert recipe.train is not None
         self.config = recipe.train
@@ -172,19 +139,17 @@ class _Run:
         self._device = device
         self._report = report
         self._signals = signals
-        self._objective = recipe.objective
         # Where the run stands: steps made before this process, the last step metrics tell of, the
         # sums of what was measured since, and the seconds of the processes before.
         self._start = self._told = 0
-        self._sums = torch.zeros(len(_TERMS) + 1, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
         self._seconds_before = 0.0
         self._begun = perf_counter()
+        self._validation_due = False
         plan = caches[0].plan
-        self._visible_stored = plan.windows.store == "visible"
-        self._visible = plan.windows.kmers - plan.windows.masked
         torch.manual_seed(self.config.seed)
         # Made on the CPU, so that every device starts from the same weights.
-        self.student = HADModel(
+        student = HADModel(
             HADConfig(
                 **recipe.student.model_dump(),
                 decoder_heads=recipe.objective.decoder_heads,
@@ -192,10 +157,10 @@ class _Run:
                 teacher=teacher_of(caches[0]),
             )
         )
-        nn.Module.to(self.student, device)
+        nn.Module.to(student, device)
         mean_D, std_D = torch.tensor(caches[0].mean), torch.tensor(caches[0].std)
         normalised = recipe.objective.target == "normalised"
-        self.objective = HADObjective(
+        objective = HADObjective(
             hidden_size=recipe.student.hidden_size,
             channels=plan.teacher.channels,
             align=recipe.objective.align,
@@ -205,13 +170,14 @@ class _Run:
             mean_D=mean_D if normalised else None,
             std_D=std_D if normalised else None,
         ).to(device)
-        self._optimiser = torch.optim.AdamW(
-            parameter_groups([self.student, self.objective], self.config.weight_decay),
-            lr=self.config.lr,
-            betas=(0.9, 0.95),
-            fused=True,
+        self.learner = Learner(
+            self.config,
+            recipe.objective,
+            student,
+            objective,
+            visible=plan.windows.kmers - plan.windows.masked,
+            device=device,
         )
-        self._parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
         document = self._document(recipe)
         self.id = run.run_id(document)
         run.begin(self.out, document)
@@ -237,10 +203,10 @@ class _Run:
                 for cache in self.caches
             ],
             "student": {
-                "parameters": _count(self.student),
-                "config": self.student.config.to_diff_dict(),
+                "parameters": _count(self.learner.student),
+                "config": self.learner.student.config.to_diff_dict(),
             },
-            "objective_parameters": _count(self.objective),
+            "objective_parameters": _count(self.learner.objective),
             "device": _device_name(self._device),
             "kernel": {"name": chosen.name, "reason": chosen.reason},
             "versions": {
@@ -260,8 +226,13 @@ class _Run:
             self._restore(state)
         nbytes = state.facts["metrics_nbytes"] if state is not None else 0
         with run.Metrics(self.out, nbytes=nbytes) as metrics:
-            if state is None:
-                self._measure_floors(metrics)
+            try:
+                if state is None:
+                    self._measure_floors(metrics)
+                if self._validation_due:
+                    self._validate(self._start, metrics)
+            except Stopped:
+                self._signals.stop(self._where(self._start))
             if self._start == self.config.steps:
                 return
             with Stream(
@@ -278,7 +249,13 @@ class _Run:
         pace = _Pace(stream)
         facts: dict[str, float | str] = {}
         for step in range(self._start + 1, config.steps + 1):
-            self._sums += self._step(step, next(stream))
+            try:
+                batch = self._signals.wait_for(stream.__next__)
+            except Stopped:
+                if step - 1 > self._start or step == 1:
+                    self._save(step - 1, metrics)
+                self._signals.stop(self._where(step - 1))
+            self._sums += self._update(step, batch)
             last = step == config.steps
             if step == 1 or step % config.log_every == 0 or last:
                 epoch = step * config.batch / stream.order.windows
@@ -298,11 +275,19 @@ class _Run:
             stopping = self._signals.caught is not None
             with pace.aside():
                 if step % config.validate_every == 0 or last:
-                    self._validate(step, metrics)
+                    self._validation_due = True
+                    try:
+                        self._validate(step, metrics)
+                    except Stopped:
+                        # Whoever goes on validates first.
+                        stopping = True
                 if step % config.checkpoint_every == 0 or last or stopping:
                     self._save(step, metrics)
-            if stopping and not last:
-                self._signals.stop(f"after step {step} of {config.steps}, saved")
+            if stopping and (not last or self._validation_due):
+                self._signals.stop(self._where(step))
+
+    def _where(self, step: int) -> str:
+        return f"after step {step} of {self.config.steps}, saved" if step else _BEFORE
 
     def _tell(
         self, step: int, metrics: run.Metrics, pace: _Pace, *, epoch: float
@@ -313,7 +298,7 @@ class _Run:
         # A process that goes on has made fewer steps than the line tells of.
         made = step - max(self._told, self._start)
         rate, wait_share = made * self.config.batch / pace.seconds, pace.wait_share
-        losses = self._measured(means)
+        losses = self.learner.named(means)
         metrics.write(
             "train",
             step=step,
@@ -330,37 +315,25 @@ class _Run:
         self._sums.zero_()
         self._told = step
         pace.restart()
-        shown = {term: losses[term] for term in _TERMS[:3] if term in losses}
+        shown = {term: losses[term] for term in TERMS[:3] if term in losses}
         return {**shown, "wait": f"{wait_share:.1%}"}
-
-    def _measured(self, means: Sequence[float]) -> dict[str, float]:
-        """Terms by name, but for those of weight 0, which are not measured."""
-        weights = {
-            "align": self._objective.align,
-            "cosine": self._objective.align,
-            "reconstruct": self._objective.reconstruct,
-            "accuracy": self._objective.reconstruct,
-        }
-        named = zip(_TERMS, means, strict=False)
-        return {term: mean for term, mean in named if weights.get(term, 1)}
 
     def _seconds(self) -> float:
         """Of the run so far, all its processes added."""
         return self._seconds_before + perf_counter() - self._begun
 
     def _save(self, step: int, metrics: run.Metrics) -> None:
-        tensors, facts = checkpoint.optimiser_state(self._optimiser)
+        tensors, facts = self.learner.state()
         state = checkpoint.State(
             step=step,
             tensors={
-                "student": self.student.state_dict(),
-                "objective": self.objective.state_dict(),
-                "optimiser": tensors,
+                **tensors,
                 "loop": {"sums": self._sums, "random": torch.get_rng_state()},
             },
             facts={
                 "optimiser": facts,
                 "told": self._told,
+                "validation_due": self._validation_due,
                 "seconds": self._seconds(),
                 "metrics_nbytes": metrics.sync(),
             },
@@ -370,60 +343,29 @@ class _Run:
     def _restore(self, state: checkpoint.State) -> None:
         self._start, self._told = state.step, state.facts["told"]
         self._seconds_before = state.facts["seconds"]
-        checkpoint.restore_optimiser(
-            self._optimiser, state.tensors["optimiser"], state.facts["optimiser"]
-        )
-        self.student.load_state_dict(state.tensors["student"])
-        self.objective.load_state_dict(state.tensors["objective"])
+        self._validation_due = state.facts.get("validation_due", False)
+        self.learner.restore(state.tensors, state.facts["optimiser"])
         self._sums.copy_(state.tensors["loop"]["sums"])
         torch.set_rng_state(state.tensors["loop"]["random"])
         log.info("going on after step %d of %d", state.step, self.config.steps)
 
-    def _step(self, step: int, batch: Batch) -> Tensor:
+    def _update(self, step: int, batch: Batch) -> torch.Tensor:
         """One update; the terms of the loss and the gradient's norm, float64."""
-        for group in self._optimiser.param_groups:
-            group["lr"] = learning_rate(self.config, step)
-        self._optimiser.zero_grad(set_to_none=True)
-        losses = self._losses(batch)
-        losses.total.backward()
-        norm = nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
-        measured = torch.stack([*_terms(losses), norm.detach()]).double()
+        gradient = self.learner.gradient(step, batch)
         # Asked before the update: the weights stay those of the last good step.
-        if not bool((losses.total + norm).isfinite()):
-            self._refuse(step, batch, losses, norm)
-        self._optimiser.step()
-        return measured
+        if not gradient.finite():
+            self._refuse(step, batch, gradient)
+        self.learner.update()
+        return gradient.terms
 
-    def _losses(self, batch: Batch) -> Losses:
-        with torch.autocast(
-            self._device.type,
-            dtype=torch.bfloat16,
-            enabled=self.config.precision == "bfloat16",
-        ):
-            feat_BSE = self.student(spell(batch.kmer_id, batch.mask)).last_hidden_state
-            losses: Losses = self.objective(
-                feat_BSE, batch.kmer_id, batch.mask, self._visible_target(batch)
-            )
-        return losses
-
-    def _visible_target(self, batch: Batch) -> Tensor:
-        """The teacher's embeddings of the visible groups, (B, V, D)."""
-        if self._visible_stored:
-            return batch.target
-        # A stable sort puts the visible groups first, in order; their number is constant.
-        place_BV = batch.mask.int().argsort(dim=1, stable=True)[:, : self._visible]
-        return batch.target.take_along_dim(place_BV[..., None], dim=1)
-
-    def _refuse(self, step: int, batch: Batch, losses: Losses, norm: Tensor) -> NoReturn:
+    def _refuse(self, step: int, batch: Batch, gradient: Gradient) -> NoReturn:
         """Stop at numbers that are not finite, and say whose they are."""
         _require_finite(batch, self.caches, "train", f"{self.out}: step {step}")
-        figures = {"loss": float(losses.total.detach()), "gradient norm": float(norm)}
-        wrong = [f"{name} is {x}" for name, x in figures.items() if not math.isfinite(x)]
         saved = checkpoint.checkpoints(self.out / run.CHECKPOINTS)
         raise NonFiniteError(
-            f"{self.out}: step {step}: {', '.join(wrong)}; the targets are finite; the batch was: "
-            f"{_name_windows(batch, self.caches, 'train')}. The weights were not changed by it; "
-            f"the last checkpoint is {saved[0].name if saved else 'none yet'}. "
+            f"{self.out}: step {step}: {', '.join(gradient.faults())}; the targets are finite; "
+            f"the batch was: {_name_windows(batch, self.caches, 'train')}. The weights were not "
+            f"changed by it; the last checkpoint is {saved[0].name if saved else 'none yet'}. "
             "Lower [train] lr or clip, and use another [train] out"
         )
 
@@ -440,9 +382,10 @@ class _Run:
         """The first windows of a split, told of as `what`."""
         total = min(windows, sum(cache.plan.splits[split].windows for cache in caches))
         begun, done = perf_counter(), 0
-        for read in first_windows(
+        reading = first_windows(
             caches, split=split, windows=windows, batch=batch, device=self._device
-        ):
+        )
+        while (read := self._signals.wait_for(lambda: next(reading, None))) is not None:
             _require_finite(read, caches, split, f"{self.out}: {what}")
             yield read
             done += len(read.kmer_id)
@@ -456,29 +399,18 @@ class _Run:
                 )
             )
 
-    @torch.no_grad()
     def _validate(self, step: int, metrics: run.Metrics) -> None:
         held_out, config = self._held_out(), self.config
-        if not held_out:
-            return
-        nn.Module.eval(self.student)
-        self.objective.eval()
-        sums = torch.zeros(len(_TERMS), dtype=torch.float64, device=self._device)
-        windows = 0
-        for batch in self._pass(
-            held_out,
-            config.validation_split,
-            config.validation_windows,
-            batch=config.batch,
-            what="validating",
-        ):
-            # Every window has as many visible and masked groups: means of batches weigh by windows.
-            sums += torch.stack(_terms(self._losses(batch))).double() * len(batch.kmer_id)
-            windows += len(batch.kmer_id)
-        self.student.train()
-        self.objective.train()
-        means = self._measured((sums / windows).tolist())
-        metrics.write("validation", step=step, windows=windows, **means)
+        if held_out:
+            batches = self._pass(
+                held_out,
+                config.validation_split,
+                config.validation_windows,
+                batch=config.batch,
+                what="validating",
+            )
+            metrics.write("validation", step=step, **self.learner.measure(batches))
+        self._validation_due = False
 
     @torch.no_grad()
     def _measure_floors(self, metrics: run.Metrics) -> None:
@@ -495,17 +427,17 @@ class _Run:
             for batch in self._pass(
                 caches, split, windows, batch=many, what="measuring the floors"
             ):
-                self._signals.stop("before the first step")
-                yield batch.kmer_id, batch.mask, self._visible_target(batch)
+                self._signals.stop(_BEFORE)
+                yield batch.kmer_id, batch.mask, self.learner.visible_target(batch)
 
         floors = Floors.learn(
             seen(self.caches, "train", FLOOR_WINDOWS), channels=channels, device=self._device
         )
         measured = floors.measure(
             seen(held_out, config.validation_split, config.validation_windows),
-            unit_D=self.objective.unit_D,
+            unit_D=self.learner.objective.unit_D,
         )
-        self._signals.stop("before the first step")
+        self._signals.stop(_BEFORE)
         metrics.write("floors", **measured)
 
     # The end
@@ -517,7 +449,7 @@ class _Run:
             if aside.exists():
                 shutil.rmtree(aside)
             aside.mkdir()
-            save_student(self.student, self.objective.decoder, aside)
+            save_student(self.learner.student, self.learner.objective.decoder, aside)
             (aside / "README.md").write_text(self._card(), encoding="utf-8")
         sync_tree(aside)
         publish(aside, self.out / run.STUDENT)
@@ -526,8 +458,8 @@ class _Run:
         return student_card(
             run.read_run(self.out),
             self.caches,
-            parameters=_count(self.student),
-            width=self.student.config.hidden_size,
+            parameters=_count(self.learner.student),
+            width=self.learner.student.config.hidden_size,
             batch=self.config.batch,
         )
 
@@ -607,12 +539,6 @@ def _name_windows(
     return "; ".join(names)
 
 
-def _terms(losses: Losses) -> list[Tensor]:
-    """In the order of _TERMS."""
-    parts = (losses.total, losses.align, losses.reconstruct, losses.accuracy, losses.cosine)
-    return [part.detach().float() for part in parts]
-
-
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -645,40 +571,3 @@ def _device_name(device: torch.device) -> str:
 
 def _forked(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
-
-
-class _Signals:
-    """A wish to stop, granted between two steps. A second one is obeyed.
-
-    SIGUSR2 is how batch systems warn a job that its time is nearly up. Only the main thread may
-    receive signals: elsewhere this does nothing.
-    """
-
-    _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-
-    def __init__(self) -> None:
-        self.caught: str | None = None
-
-    def __enter__(self) -> _Signals:
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in self._HANDLED}
-            for number in self._HANDLED:
-                signal.signal(number, self._catch)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number: int, _: FrameType | None) -> None:
-        if self.caught:
-            raise KeyboardInterrupt
-        self.caught = signal.Signals(number).name
-
-    def stop(self, where: str) -> None:
-        """Raise Interrupted if a signal came."""
-        if self.caught:
-            raise Interrupted(
-                f"stopped by {self.caught} {where}: run the same command again to go on"
-            )

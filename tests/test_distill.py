@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from had_pipe import checkpoint
 from had_pipe.cache import Cache
-from had_pipe.distill import DistillSummary, distill, learning_rate, parameter_groups
+from had_pipe.distill import DistillSummary, distill
 from had_pipe.dna import kmers
 from had_pipe.errors import (
     CacheIncomplete,
@@ -38,10 +39,12 @@ from had_pipe.errors import (
     RunMismatch,
     StorageError,
 )
+from had_pipe.learner import learning_rate, parameter_groups
 from had_pipe.objectives import HADObjective
 from had_pipe.progress import Progress
 from had_pipe.recipe import Recipe, Train
 from had_pipe.run import read_metrics
+from had_pipe.stream import Batch, Stream, first_windows
 from had_pipe.students import HADConfig, HADModel, spell
 
 TINY = {
@@ -202,6 +205,75 @@ def test_a_signal_before_the_first_step_stops_there(
     with pytest.raises(Interrupted, match="stopped by SIGTERM before the first step"):
         distill(a_recipe(cache, tmp_path / "run"), report=report)
     assert not read_metrics(tmp_path / "run")
+
+
+def stall() -> None:
+    """A signal while data does not come."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("step", [0, 7, 10])
+def test_a_signal_while_data_is_waited_for_stops_at_once_and_loses_nothing(
+    tmp_path: Path,
+    cache: Path,
+    straight: DistillSummary,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+) -> None:
+    class Stalling(Stream):
+        def __next__(self) -> Batch:
+            batch = super().__next__()
+            if batch.position == step:
+                stall()
+            return batch
+
+    with monkeypatch.context() as patched:
+        patched.setattr("had_pipe.distill.Stream", Stalling)
+        begun = time.monotonic()
+        with pytest.raises(Interrupted) as stop:
+            distill(a_recipe(cache, tmp_path / "run"))
+        assert time.monotonic() - begun < 50
+    where = f"after step {step} of 20, saved" if step else "before the first step"
+    assert str(stop.value) == f"stopped by SIGTERM {where}: run the same command again to go on"
+    # What was measured before the first step is kept as well.
+    told: list[Progress] = []
+    distill(a_recipe(cache, tmp_path / "run"), report=told.append)
+    assert "measuring the floors" not in {progress.what for progress in told}
+    assert_same_run(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["midway", "last"])
+def test_a_validation_that_is_stopped_is_made_by_whoever_goes_on(
+    tmp_path: Path,
+    cache: Path,
+    straight: DistillSummary,
+    monkeypatch: pytest.MonkeyPatch,
+    which: int,
+) -> None:
+    validations = 0
+
+    def stalling(*args: Any, **options: Any) -> Iterator[Batch]:
+        nonlocal validations
+        for number, batch in enumerate(first_windows(*args, **options)):
+            if options["batch"] == 8 and number == 1:  # the second batch of a validation
+                validations += 1
+                if validations == which:
+                    stall()
+            yield batch
+
+    recipe = a_recipe(cache, tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr("had_pipe.distill.first_windows", stalling)
+        with pytest.raises(Interrupted, match=f"after step {10 * which} of 20, saved"):
+            distill(recipe)
+        assert not (tmp_path / "run" / "student").exists()
+        # Stopped there once more, before anything new, it stands where it stood.
+        validations = which - 1
+        with pytest.raises(Interrupted, match=f"after step {10 * which} of 20, saved"):
+            distill(recipe)
+    distill(recipe)
+    assert_same_run(tmp_path / "run", straight)
 
 
 # Forks, so that torch is loaded once: a child for each rename that a whole run makes, killed there.

@@ -49,10 +49,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"errors", "progress", "durable", "dna", "recipe", "cache"},
         *{"corpus", "teachers", "job", "parts", "extract"},
     },
+    "signals": {"errors"},
+    "learner": {"recipe", "objectives", "students", "stream", "checkpoint"},
     "distill": {
-        *{"errors", "progress", "draws", "durable", "dna", "recipe", "cache"},
-        *{"students", "objectives", "order", "stream", "checkpoint", "floors", "hold", "run"},
-        "card",
+        *{"errors", "progress", "sizes", "draws", "durable", "dna", "recipe", "cache"},
+        *{"students", "objectives", "order", "stream", "checkpoint", "learner", "signals"},
+        *{"floors", "hold", "run", "card"},
     },
     "cli": {
         "dna",  # inspect spells a k-mer
@@ -89,6 +91,7 @@ OWNERS: dict[str, set[str]] = {
     "torch": {
         *{"teachers", "students", "objectives", "stream", "checkpoint", "extract", "distill"},
         "floors",
+        "learner",
         "parts",
         "cluster",  # deals out the devices of one machine
         "cli",  # doctor says which devices there are

@@ -1,0 +1,176 @@
+"""What learns: a student, the objective it is held to, and the optimiser of both.
+
+It takes batches one by one and knows neither where they come from nor where its state is kept.
+
+B windows of a batch, V visible groups, D teacher channels, S = 6T bases of T k-mers, E width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from had_pipe import checkpoint
+from had_pipe.objectives import HADObjective, Losses
+from had_pipe.recipe import Objective, Train
+from had_pipe.stream import Batch
+from had_pipe.students import HADModel, spell
+
+TERMS = ("loss", "align", "reconstruct", "accuracy", "cosine")
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """Of step 1, 2, ... `steps`: a line up to lr, then a cosine that ends at lr_final."""
+    if step <= train.warmup:
+        return train.lr * step / train.warmup
+    share = (step - train.warmup) / (train.steps - train.warmup)
+    return train.lr_final + (train.lr - train.lr_final) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def parameter_groups(modules: Sequence[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases, embeddings, A_log and dt_bias do not (Caduceus, fla)."""
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for module in modules:
+        embedded = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+        for parameter in module.parameters():
+            keep = parameter.ndim < 2 or id(parameter) in embedded
+            (kept if keep else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What one batch asks for; the weights have not been changed yet."""
+
+    loss: Tensor
+    norm: Tensor
+    """Of the gradient, before clipping."""
+    terms: Tensor
+    """float64; those of TERMS, then the norm."""
+
+    def finite(self) -> bool:
+        return bool((self.loss + self.norm).isfinite())
+
+    def faults(self) -> list[str]:
+        """What of it is no number, in words."""
+        figures = {"loss": float(self.loss), "gradient norm": float(self.norm)}
+        return [f"{name} is {x}" for name, x in figures.items() if not math.isfinite(x)]
+
+
+class Learner:
+    """Student, objective and optimiser on one device."""
+
+    def __init__(
+        self,
+        train: Train,
+        weights: Objective,
+        student: HADModel,
+        objective: HADObjective,
+        *,
+        visible: int,
+        device: torch.device,
+    ) -> None:
+        """`visible` groups of each window take part in the alignment."""
+        self.student, self.objective = student, objective
+        self._train, self._visible, self._device = train, visible, device
+        # A term of weight 0 is not measured.
+        absent = {
+            "align": weights.align,
+            "cosine": weights.align,
+            "reconstruct": weights.reconstruct,
+            "accuracy": weights.reconstruct,
+        }
+        self._measured = [absent.get(term, 1.0) > 0 for term in TERMS]
+        self._optimiser = torch.optim.AdamW(
+            parameter_groups([student, objective], train.weight_decay),
+            lr=train.lr,
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        self._parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
+
+    def gradient(self, step: int, batch: Batch) -> Gradient:
+        """What a batch asks of the weights."""
+        for group in self._optimiser.param_groups:
+            group["lr"] = learning_rate(self._train, step)
+        self._optimiser.zero_grad(set_to_none=True)
+        losses = self._losses(batch)
+        losses.total.backward()
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._train.clip).detach()
+        terms = torch.stack([*_terms(losses), norm]).double()
+        return Gradient(losses.total.detach(), norm, terms)
+
+    def update(self) -> None:
+        """Change the weights by the last gradient."""
+        self._optimiser.step()
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """The terms on windows that are not learnt from, and how many these are."""
+        nn.Module.eval(self.student)
+        self.objective.eval()
+        sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self._device)
+        windows = 0
+        try:
+            for batch in batches:
+                # Every window has as many visible and masked groups: means weigh by windows.
+                sums += torch.stack(_terms(self._losses(batch))).double() * len(batch.kmer_id)
+                windows += len(batch.kmer_id)
+        finally:
+            self.student.train()
+            self.objective.train()
+        return {"windows": windows, **self.named((sums / windows).tolist())}
+
+    def named(self, means: Sequence[float]) -> dict[str, float]:
+        """Terms by name, but for those that are not measured."""
+        named = zip(TERMS, means, self._measured, strict=False)
+        return {term: mean for term, mean, measured in named if measured}
+
+    def visible_target(self, batch: Batch) -> Tensor:
+        """The teacher's embeddings of the visible groups, (B, V, D)."""
+        if batch.target.shape[1] == self._visible:
+            return batch.target
+        # A stable sort puts the visible groups first, in order; their number is constant.
+        place_BV = batch.mask.int().argsort(dim=1, stable=True)[:, : self._visible]
+        return batch.target.take_along_dim(place_BV[..., None], dim=1)
+
+    def state(self) -> tuple[dict[str, Mapping[str, Tensor]], Any]:
+        """Tensors by file, and what else the optimiser knows."""
+        tensors, facts = checkpoint.optimiser_state(self._optimiser)
+        return {
+            "student": self.student.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimiser": tensors,
+        }, facts
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], facts: Any) -> None:
+        checkpoint.restore_optimiser(self._optimiser, tensors["optimiser"], facts)
+        self.student.load_state_dict(tensors["student"])
+        self.objective.load_state_dict(tensors["objective"])
+
+    def _losses(self, batch: Batch) -> Losses:
+        with torch.autocast(
+            self._device.type,
+            dtype=torch.bfloat16,
+            enabled=self._train.precision == "bfloat16",
+        ):
+            feat_BSE = self.student(spell(batch.kmer_id, batch.mask)).last_hidden_state
+            losses: Losses = self.objective(
+                feat_BSE, batch.kmer_id, batch.mask, self.visible_target(batch)
+            )
+        return losses
+
+
+def _terms(losses: Losses) -> list[Tensor]:
+    """In the order of TERMS."""
+    parts = (losses.total, losses.align, losses.reconstruct, losses.accuracy, losses.cosine)
+    return [part.detach().float() for part in parts]

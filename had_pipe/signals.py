@@ -1,0 +1,66 @@
+"""A wish to stop, granted where nothing is half done. A second one is obeyed at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import TypeVar
+
+from had_pipe.errors import Interrupted
+
+_T = TypeVar("_T")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came while something was waited for."""
+
+
+class Signals:
+    """Catches SIGINT, SIGTERM and SIGUSR2, by which batch systems warn that time is nearly up.
+
+    Only the main thread may receive signals: elsewhere this does nothing.
+    """
+
+    _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.caught: str | None = None
+        self._waiting = False
+
+    def __enter__(self) -> Signals:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in self._HANDLED}
+            for number in self._HANDLED:
+                signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, _: FrameType | None) -> None:
+        if self.caught:
+            raise KeyboardInterrupt
+        self.caught = signal.Signals(number).name
+        if self._waiting:
+            raise Stopped
+
+    def wait_for(self, get: Callable[[], _T]) -> _T:
+        """What `get` returns, however long it takes; raises Stopped where a signal comes first."""
+        self._waiting = True
+        try:
+            if self.caught:
+                raise Stopped
+            return get()
+        finally:
+            self._waiting = False
+
+    def stop(self, where: str) -> None:
+        """Raise Interrupted if a signal came."""
+        if self.caught:
+            raise Interrupted(
+                f"stopped by {self.caught} {where}: run the same command again to go on"
+            )
