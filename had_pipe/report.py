@@ -26,6 +26,7 @@ import numpy as np
 from had_pipe import __version__
 from had_pipe.durable import make_folder, write_file
 from had_pipe.run import Row, RunRecord, read_run
+from had_pipe.sizes import size
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
@@ -33,6 +34,7 @@ from matplotlib.figure import Figure
 
 _PAGE = "report.html"
 _MOST_POINTS = 800
+_READ_RATE = "read_bytes_per_second"
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -181,6 +183,8 @@ class _Panel:
     """Whether the axis starts at 0."""
     least: float = 0.0
     """The axis reaches at least this."""
+    scale: float = 1.0
+    """What a figure of the metrics is multiplied with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +267,7 @@ _CHARTS = (
         panels=(
             _Panel(key="bases_per_second", label="bases a second", zero=True),
             _Panel(key="wait_share", label="share waiting", zero=True, least=0.05),
+            _Panel(key=_READ_RATE, label="MB read a second", zero=True, scale=1e-6),
         ),
         wide=True,
     ),
@@ -271,12 +276,13 @@ _CHARTS = (
 
 def _draw(chart: _Chart, record: RunRecord) -> markupsafe.Markup:
     """One chart as SVG to stand inside a page."""
-    rows, columns = (1, len(chart.panels)) if chart.wide else (len(chart.panels), 1)
+    panels = [panel for panel in chart.panels if _measured(panel, record)]
+    rows, columns = (1, len(panels)) if chart.wide else (len(panels), 1)
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": chart.name}):
         figure = Figure(figsize=(11.2, 2.6) if chart.wide else (5.6, 3.4), layout="constrained")
         figure.patch.set_alpha(0)
         axes = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
-        for ax, panel in zip(axes, chart.panels, strict=True):
+        for ax, panel in zip(axes, panels, strict=True):
             _draw_panel(ax, panel, record)
         for ax in axes[-columns:]:
             ax.set_xlabel("step")
@@ -299,11 +305,16 @@ def _draw(chart: _Chart, record: RunRecord) -> markupsafe.Markup:
     return markupsafe.Markup(svg.replace("<svg ", opening, 1))
 
 
+def _measured(panel: _Panel, record: RunRecord) -> bool:
+    return any(_numbers(row, panel.key) for row in record.train)
+
+
 def _draw_panel(ax: Axes, panel: _Panel, record: RunRecord) -> None:
     ax.patch.set_alpha(0)
     ax.set_ylabel(panel.label)
     x, y = _thin(record.train, panel.key)
     marker = "o" if len(x) <= 40 else ""
+    y = y * panel.scale
     ax.plot(x, y, color=_TRAIN, label="training batches", lw=1.4, marker=marker, ms=3, zorder=3)
     x, y = _thin(record.validation, panel.key)
     if len(x):
@@ -341,7 +352,7 @@ def _figures(record: RunRecord) -> list[dict[str, Any]]:
             "svg": _draw(chart, record),
         }
         for chart in _CHARTS
-        if any(_numbers(row, panel.key) for panel in chart.panels for row in record.train)
+        if any(_measured(panel, record) for panel in chart.panels)
     ]
 
 
@@ -374,11 +385,32 @@ def _run_facts(record: RunRecord) -> list[tuple[str, str]]:
     waits = [row["wait_share"] for row in steady if _numbers(row, "wait_share")]
     if waits:
         told.append(("waiting for data, median", _percent(statistics.median(waits))))
+    told += _reading_facts(record)
     return told + _facts(
         ("device", run.get("device")),
         ("delta-rule kernel", kernel.get("name")),
         ("why this kernel", kernel.get("reason")),
     )
+
+
+def _reading_facts(record: RunRecord) -> list[tuple[str, str]]:
+    """What training read, and where from."""
+
+    def total(key: str) -> float | None:
+        found = [row[key] for row in record.train if _numbers(row, key)]
+        return sum(found) if found else None
+
+    nbytes, hits, misses = total("read_bytes"), total("mirror_hits"), total("mirror_misses")
+    rates = [r[_READ_RATE] for r in record.train if _numbers(r, _READ_RATE)]
+    told = []
+    if nbytes is not None:
+        told.append(("read from the cache", size(nbytes)))
+    if rates:
+        told.append(("read a second, median", size(statistics.median(rates))))
+    if hits is not None and misses is not None and hits + misses > 0:
+        told.append(("objects found in the mirror", _percent(hits / (hits + misses))))
+        told.append(("downloaded while training", size(total("mirror_downloaded_bytes") or 0)))
+    return told
 
 
 # Keys of a student's configuration that say nothing of its layout.
@@ -401,11 +433,13 @@ def _student_facts(record: RunRecord) -> list[tuple[str, str]]:
     )
 
 
-def _cache_facts(cache: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _cache_facts(cache: Mapping[str, Any], weight: object = None) -> list[tuple[str, str]]:
     plan = cache.get("plan", {})
     teacher, windows = plan.get("teacher", {}), plan.get("windows", {})
     told = _facts(
         ("cache id", cache.get("id")),
+        ("read from", cache.get("url")),
+        ("weight among the caches", weight),
         ("teacher", teacher.get("name")),
         ("revision", teacher.get("revision")),
         ("weights SHA-256", teacher.get("weights_sha256")),
@@ -524,6 +558,7 @@ def _render(record: RunRecord) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     caches = run.get("caches", [])
+    weights = run.get("recipe", {}).get("train", {}).get("weights") or []
     teachers = sorted(
         {cache.get("plan", {}).get("teacher", {}).get("name", "") for cache in caches}
     )
@@ -539,7 +574,9 @@ def _render(record: RunRecord) -> str:
         comparison=_comparison(record),
         run_facts=_run_facts(record),
         student_facts=_student_facts(record),
-        caches=[_cache_facts(cache) for cache in caches],
+        caches=[
+            _cache_facts(cache, *weights[place : place + 1]) for place, cache in enumerate(caches)
+        ],
         recipe=_recipe_text(run.get("recipe", {})),
         versions=_facts(*(run.get("versions") or {}).items()),
     )
