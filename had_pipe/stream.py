@@ -1,65 +1,39 @@
-"""Stage two's input: windows in their order (had_pipe.order), read ahead, decoded on the device.
+"""Stage two's input: windows in their order (had_pipe.order), read ahead and decoded.
 
-It does not know how a cache lies on disk (had_pipe.cache), nor what a batch is for
-(had_pipe.distill).
+It says which windows make a batch, and holds its caches against each other; how they are read and
+decoded is had_pipe.feed's, how a cache lies on disk had_pipe.cache's, and what a batch is for its
+caller's.
 
 P places, B windows of a batch, T k-mers, G stored groups, D teacher channels.
 """
 
 from __future__ import annotations
 
-import os
+import functools
+import itertools
+import operator
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, is_dataclass
+from operator import attrgetter
+from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from had_pipe.cache import Block, Cache
-from had_pipe.dna import kmers
+from had_pipe.cache import Block, Cache, Part
 from had_pipe.errors import CacheMismatch, RecipeError
-from had_pipe.order import Corpus, Order, Rows
+from had_pipe.feed import Arrays, Batch, Feed, Plan, Space, Span
+from had_pipe.order import Corpus, Mix
 
-Space = Literal["raw", "normalised"]
+__all__ = ["Arrays", "Batch", "Space", "Span", "Stream", "StreamStats", "first_windows"]
 
-_SLOTS = 4
-"""Batches read ahead at most; more only holds memory."""
-_DECODED_AT_ONCE = 1 << 18
-"""Elements of an embedding decoded in one go on a CPU."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Consecutive windows of a batch that come from one cache under one view."""
-
-    cache: int
-    """Which of the stream's caches."""
-    epoch: int
-    view: int
-    row: Rows
-    """Rows of the split, ascending, (P,)."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one training step reads, on the device."""
-
-    kmer_id: Tensor
-    """int64 (B, T), in the orientation the teacher saw."""
-    mask: Tensor
-    """bool (B, T), True where the teacher did not see the group; the same orientation."""
-    target: Tensor
-    """float32 (B, G, D): the stored groups in their order in the window."""
-    position: int
-    spans: tuple[Span, ...]
-    """Where its windows come from, in their order."""
+_PLANNED = 1 << 12
+"""Windows planned in one go."""
 
 
 class Stream:
@@ -69,15 +43,24 @@ class Stream:
     reads them: rank r of R takes the r-th of R equal shares, and within a share windows are
     arranged by cache, epoch and row, so that neighbours on disk are read together. A batch may
     cross into the next epoch: nothing is dropped, every window is seen equally often.
+
+    Batches are read ahead by threads, which end when the stream is closed or nobody holds it any
+    more. A batch never changes after it was handed over. The first error of a thread is raised in
+    its batch's turn, and again by every call after that.
     """
+
+    order: Mix
+    position: int
+    """The number of the next batch: all there is to save; go on by giving it as `start`."""
 
     def __init__(
         self,
-        caches: Sequence[Cache],
+        caches: Sequence[Cache | Path | str],
         *,
         batch: int,
         seed: int,
         split: str = "train",
+        weights: Sequence[float] | None = None,
         rank: int = 0,
         ranks: int = 1,
         start: int = 0,
@@ -86,58 +69,103 @@ class Stream:
         prefetch: int = 256 << 20,
         threads: int | None = None,
     ) -> None:
-        """`start` is the number of the first batch; `prefetch` bounds the bytes read ahead."""
+        """`batch`: windows of all ranks together. `weights`: one for each cache; every cache then
+        has epochs of its own. `prefetch` bounds the bytes read ahead, but for two batches, which
+        there always are. A path or URL is opened here, and closed with the stream.
+        """
+        assert batch > 0
+        assert start >= 0
         assert 0 <= rank < ranks
         if batch % ranks:
             raise RecipeError(
                 f"[train] batch = {batch}: must be a multiple of the {ranks} processes, so that "
                 "every one has equally many windows; change batch or the number of processes"
             )
-        require_alike(caches, space=space)
-        for cache in caches:
-            require_split(cache, split)
-        self._split = split
-        self._batch, self._share, self._rank = batch, batch // ranks, rank
-        self._views = [cache.views(split) for cache in caches]
-        counts = [cache.rows(split) for cache in caches]
-        self.order = Order(
-            [Corpus(n, cache.plan.part) for n, cache in zip(counts, caches, strict=True)], seed=seed
-        )
-        self._first_of_cache = np.cumsum([0, *counts])
-        self._feed = _Feed(
-            caches,
-            split=split,
-            batches=self._plans(start),
-            windows=self._share,
-            space=space,
-            device=torch.device(device),
-            prefetch=prefetch,
-            threads=threads,
-        )
+        with ExitStack() as closing:
+            self._caches = [_opened(cache, closing) for cache in caches]
+            require_alike(self._caches, space=space)
+            for cache in self._caches:
+                require_split(cache, split)
+            counts = [cache.rows(split) for cache in self._caches]
+            self.order = Mix(
+                [
+                    Corpus(windows, cache.plan.part)
+                    for windows, cache in zip(counts, self._caches, strict=True)
+                ],
+                seed=seed,
+                weights=weights,
+            )
+            self.position = start
+            self._plans = _Plans(
+                self.order,
+                batch=batch,
+                rank=rank,
+                ranks=ranks,
+                views=[cache.views(split) for cache in self._caches],
+                rows=max(counts),
+                start=start,
+            )
+            self._feed = Feed(
+                self._caches,
+                split=split,
+                plans=self._plans,
+                windows=batch // ranks,
+                space=space,
+                device=torch.device(device),
+                prefetch=prefetch,
+                threads=threads,
+            )
+            self._begun = perf_counter()
+            self._closing = closing.pop_all()
+        for i, cache in enumerate(self._caches):
+            if getattr(cache, "mirror", None) is not None:
+                cache.coming(  # type: ignore[attr-defined]
+                    self._plans.parts(split, i)
+                )
 
     def spans(self, position: int) -> tuple[Span, ...]:
         """Which windows this rank reads in batch `position`."""
-        first = position * self._batch + self._rank * self._share
-        epoch_P, number_P = self.order.at(first, self._share)
-        cache_P = np.searchsorted(self._first_of_cache, number_P, side="right") - 1
-        row_P = number_P - self._first_of_cache[cache_P]
-        spans = []
-        for cache in np.unique(cache_P):
-            for epoch in np.unique(epoch_P[cache_P == cache]):
-                row = np.sort(row_P[(cache_P == cache) & (epoch_P == epoch)])
-                views = self._views[cache]
-                spans.append(Span(int(cache), int(epoch), views[int(epoch) % len(views)], row))
-        return tuple(spans)
+        return self._plans.spans(position)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._feed)
+        batch = self._feed.batch()
+        assert batch is not None
+        self.position = batch.position + 1
+        return batch
+
+    def arrays(self) -> Iterator[Arrays]:
+        """The same batches as NumPy arrays."""
+        while True:
+            arrays = self._feed.arrays()
+            assert arrays is not None
+            self.position = arrays.position + 1
+            yield arrays
 
     def blocks(self) -> Iterator[tuple[Block, ...]]:
-        """The batches as they are stored, not decoded; one is overwritten after the next call."""
-        return self._feed.blocks()
+        """The batches as they are stored, not decoded, a block for each of a batch's spans.
+
+        One is overwritten after the next is asked for.
+        """
+        while True:
+            blocks = self._feed.blocks()
+            assert blocks is not None
+            self.position += 1
+            yield blocks
+
+    def stats(self) -> StreamStats:
+        """What was handed over since the stream began."""
+        mirrors = [getattr(cache, "mirror", None) for cache in self._caches]
+        return StreamStats(
+            batches=self._feed.batches,
+            windows=self._feed.windows,
+            nbytes=self._feed.nbytes,
+            seconds=perf_counter() - self._begun,
+            wait_seconds=self._feed.wait_seconds,
+            mirror=_combined(operator.add, *(m.stats() for m in mirrors if m is not None)),
+        )
 
     @property
     def wait_seconds(self) -> float:
@@ -145,6 +173,10 @@ class Stream:
         return self._feed.wait_seconds
 
     def close(self) -> None:
+        """End the threads, and close the caches that were opened here."""
+        # The caches first: a thread that waits for a network then waits no more.
+        self._feed.stop()
+        self._closing.close()
         self._feed.close()
 
     def __enter__(self) -> Self:
@@ -158,11 +190,105 @@ class Stream:
     ) -> None:
         self.close()
 
-    def _plans(self, start: int) -> Iterator[tuple[int, tuple[Span, ...]]]:
-        position = start
-        while True:
-            yield position, self.spans(position)
-            position += 1
+
+@dataclass(frozen=True, kw_only=True)
+class StreamStats:
+    """What a stream has done, in all since it began or between two moments."""
+
+    batches: int
+    windows: int
+    nbytes: int
+    """Of the windows handed over, as they are stored."""
+    seconds: float
+    wait_seconds: float
+    """How long its caller was kept waiting for batches."""
+    mirror: Any
+    """What the mirrors of its caches did; None where every cache is local."""
+
+    def since(self, earlier: StreamStats) -> StreamStats:
+        """What was done after an earlier moment."""
+        between = _combined(operator.sub, self, earlier)
+        assert isinstance(between, StreamStats)
+        return between
+
+    @property
+    def bytes_per_second(self) -> float:
+        return self.nbytes / max(self.seconds, 1e-9)
+
+    @property
+    def wait_share(self) -> float:
+        return min(1.0, self.wait_seconds / max(self.seconds, 1e-9))
+
+
+class _Plans:
+    """Which windows one rank reads in which batch; some batches are planned in one go."""
+
+    def __init__(
+        self,
+        order: Mix,
+        *,
+        batch: int,
+        rank: int,
+        ranks: int,
+        views: Sequence[tuple[int, ...]],
+        rows: int,
+        start: int,
+    ) -> None:
+        self._order = order
+        self._batch, self._rank, self._ranks = batch, rank, ranks
+        self._share = batch // ranks
+        self._views, self._rows = views, rows
+        self._start = self._position = start
+        self._at_once = max(1, _PLANNED // self._share)
+        self._planned: deque[Plan] = deque()
+
+    def __iter__(self) -> Iterator[Plan]:
+        return self
+
+    def __next__(self) -> Plan:
+        if not self._planned:
+            spans = self._plan(self._position, self._at_once)
+            self._planned.extend(enumerate(spans, start=self._position))
+            self._position += self._at_once
+        return self._planned.popleft()
+
+    def spans(self, position: int) -> tuple[Span, ...]:
+        return self._plan(position, 1)[0]
+
+    def parts(self, split: str, cache: int) -> Iterator[Part]:
+        """The parts of a cache in the order in which they are needed first; endless."""
+        views = self._views[cache]
+        for need in self._order.coming(self._start * self._batch):
+            if need.cache == cache:
+                yield Part(split, views[need.epoch % len(views)], need.shard)
+
+    def _plan(self, position: int, batches: int) -> list[tuple[Span, ...]]:
+        first = position * self._batch + self._rank * self._share
+        if self._ranks == 1:
+            places = [self._order.at(first, batches * self._share)]
+        else:
+            places = [self._order.at(first + b * self._batch, self._share) for b in range(batches)]
+        cache_P, epoch_P, row_P = (
+            np.concatenate([getattr(place, name) for place in places])
+            for name in ("cache_P", "epoch_P", "row_P")
+        )
+        # One number for batch, cache, epoch and row, so that one sort arranges all the windows.
+        caches, earliest = len(self._views), int(epoch_P.min())
+        epochs = int(epoch_P.max()) - earliest + 1
+        assert batches * caches * epochs * self._rows < 1 << 63
+        batch_P = np.arange(batches).repeat(self._share)
+        key_P = ((batch_P * caches + cache_P) * epochs + (epoch_P - earliest)) * self._rows + row_P
+        key_P.sort()
+        group_P, row_P = np.divmod(key_P, self._rows)
+        edges = [0, *(np.flatnonzero(np.diff(group_P)) + 1).tolist(), len(group_P)]
+        planned: list[list[Span]] = [[] for _ in range(batches)]
+        for begin, end in itertools.pairwise(edges):
+            rest, epoch = divmod(int(group_P[begin]), epochs)
+            batch, cache = divmod(rest, caches)
+            epoch += earliest
+            view = self._views[cache][epoch % len(self._views[cache])]
+            planned[batch].append(Span(cache, epoch, view, row_P[begin:end]))
+        return [tuple(spans) for spans in planned]
 
 
 def first_windows(
@@ -194,10 +320,10 @@ def first_windows(
         for row in range(0, end - first, batch):
             rows = np.arange(row, min(row + batch, end - first), dtype=np.int64)
             plans.append((Span(i, 0, views[i], rows),))
-    feed = _Feed(
+    feed = Feed(
         caches,
         split=split,
-        batches=enumerate(plans),
+        plans=enumerate(plans),
         windows=batch,
         space=space,
         device=torch.device(device),
@@ -205,7 +331,8 @@ def first_windows(
         threads=threads,
     )
     try:
-        yield from feed
+        while (read := feed.batch()) is not None:
+            yield read
     finally:
         feed.close()
 
@@ -262,268 +389,21 @@ def require_split(cache: Cache, split: str) -> None:
         )
 
 
-def _empty(shape: tuple[int, ...], dtype: npt.DTypeLike, pinned: bool) -> npt.NDArray[Any]:
-    """A NumPy array, in page-locked memory where a GPU copies from it."""
-    if not pinned:
-        return np.empty(shape, dtype=dtype)
-    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    # The array keeps the tensor's storage alive.
-    memory: npt.NDArray[Any] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-    return memory.view(dtype).reshape(shape)
+def _opened(cache: Cache | Path | str, closing: ExitStack) -> Cache:
+    if isinstance(cache, Cache):
+        return cache
+    return Cache.open(Path(cache))
 
 
-def _like(block: Block, windows: int, pinned: bool) -> Block:
-    def bigger(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return _empty((windows, *array.shape[1:]), array.dtype, pinned)
-
-    return Block(
-        kmer_id=bigger(block.kmer_id),
-        mask=bigger(block.mask),
-        reversed=bigger(block.reversed),
-        value=bigger(block.value),
-        scale=None if block.scale is None else bigger(block.scale),
-    )
-
-
-def _part(block: Block, first: int, end: int) -> Block:
-    return replace(
-        block,
-        kmer_id=block.kmer_id[first:end],
-        mask=block.mask[first:end],
-        reversed=block.reversed[first:end],
-        value=block.value[first:end],
-        scale=None if block.scale is None else block.scale[first:end],
-    )
-
-
-class _Slot:
-    """Memory for one batch, used again and again: read into, decoded from, free."""
-
-    def __init__(self, blocks: list[Block], windows: int, kmers_: int, pinned: bool) -> None:
-        self.blocks = blocks
-        """By cache; caches stored alike share one."""
-        self.kmer_id = _empty((windows, kmers_), np.int64, pinned)
-        self.mask = _empty((windows, kmers_), np.bool_, pinned)
-        self.position = -1
-        self.spans: tuple[Span, ...] = ()
-        self.reads: list[Future[None]] = []
-        self.target: Tensor | None = None
-        """Decoded by the reading threads, where there is no GPU to do it; new for every batch."""
-        self.copied: torch.cuda.Event | None = None
-        """Set when a GPU has been told to copy from here: not before it has may we write."""
-
-
-class _Feed:
-    """Reads planned batches ahead with a few threads and hands them over in order.
-
-    Threads, not processes: reading releases the interpreter lock, and memory is shared without a
-    copy. Without a GPU the same threads decode. A slot is written again only after its batch was
-    handed out (with a GPU: after the copies have finished), so a batch never changes.
-    """
-
-    def __init__(
-        self,
-        caches: Sequence[Cache],
-        *,
-        split: str,
-        batches: Iterable[tuple[int, tuple[Span, ...]]],
-        windows: int,
-        space: Space,
-        device: torch.device,
-        prefetch: int,
-        threads: int | None,
-    ) -> None:
-        self._caches = list(caches)
-        self._split = split
-        self._batches = iter(batches)
-        self._space: Space = space
-        self._device = device
-        self._threads = threads or min(4, max(2, os.cpu_count() or 1))
-        self.wait_seconds = 0.0
-        pinned = device.type == "cuda"
-        templates = [cache.allocate(1) for cache in caches]
-        kinds = [(t.value.dtype, t.value.shape, t.scale is None) for t in templates]
-        nbytes = windows * sum(
-            template.value.nbytes
-            for i, template in enumerate(templates)
-            if kinds.index(kinds[i]) == i
-        )
-        plan = self._caches[0].plan
-        self._decoded = (plan.windows.stored, plan.teacher.channels)
-        if not pinned:
-            nbytes += windows * int(np.prod(self._decoded)) * 4  # the decoded targets
-        self._free: list[_Slot] = []
-        for _ in range(max(2, min(_SLOTS, prefetch // max(1, nbytes)))):
-            blocks: list[Block] = []
-            for i, template in enumerate(templates):
-                same = kinds.index(kinds[i])
-                blocks.append(blocks[same] if same < i else _like(template, windows, pinned))
-            self._free.append(_Slot(blocks, windows, templates[0].kmer_id.shape[1], pinned))
-        # As few pieces a batch as keep every thread at work: each piece opens its parts anew.
-        self._pieces = -(-self._threads // (len(self._free) - 1))
-        self._reading: deque[_Slot] = deque()
-        self._staged: deque[tuple[Batch, torch.cuda.Event]] = deque()
-        self._side = torch.cuda.Stream(device) if pinned else None
-        self._decoding = True
-        self._statistics = [
-            tuple(torch.tensor(array, device=device) for array in (cache.mean, cache.std))
-            for cache in (caches if pinned else [])
-        ]
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="had-pipe-read")
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        begun = perf_counter()
-        try:
-            return self._next_on_gpu() if self._side is not None else self._next_on_cpu()
-        finally:
-            self.wait_seconds += perf_counter() - begun
-
-    def blocks(self) -> Iterator[tuple[Block, ...]]:
-        """Batches as stored, each span's windows a block, valid until the next is asked for."""
-        assert not self._reading
-        self._decoding = False
-        while (slot := self._take()) is not None:
-            parts, first = [], 0
-            for span in slot.spans:
-                parts.append(_part(slot.blocks[span.cache], first, first + len(span.row)))
-                first += len(span.row)
-            yield tuple(parts)
-            self._free.append(slot)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _next_on_cpu(self) -> Batch:
-        slot = self._take()
-        if slot is None:
-            raise StopIteration
-        batch = self._batch(slot)
-        self._free.append(slot)
-        self._read_ahead()
-        return batch
-
-    def _next_on_gpu(self) -> Batch:
-        # Here, not once a slot is free: by now its copy has ended, and nobody waits for it.
-        self._read_ahead()
-        if not self._staged:
-            self._stage()
-        if not self._staged:
-            raise StopIteration
-        batch, ready = self._staged.popleft()
-        # The next one's copy and decoding run beside this one's step, if it has been read.
-        if self._reading and all(read.done() for read in self._reading[0].reads):
-            self._stage()
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(ready)
-        for tensor in (batch.kmer_id, batch.mask, batch.target):
-            # Made on the side stream: its memory must outlive what this stream does with it.
-            tensor.record_stream(stream)
-        return batch
-
-    def _stage(self) -> None:
-        slot = self._take()
-        if slot is None:
-            return
-        with torch.cuda.stream(self._side):
-            batch = self._batch(slot)
-            ready = torch.cuda.Event()
-            ready.record()
-        slot.copied = ready
-        self._staged.append((batch, ready))
-        self._free.append(slot)
-
-    def _read_ahead(self) -> None:
-        """Set the threads to every free slot, the one free for longest first."""
-        while self._free:
-            try:
-                position, spans = next(self._batches)
-            except StopIteration:
-                return
-            slot = self._free.pop(0)
-            if slot.copied is not None:
-                slot.copied.synchronize()
-                slot.copied = None
-            slot.position, slot.spans = position, spans
-            slot.reads = []
-            slot.target = None
-            if self._decoding and self._side is None:
-                windows = sum(len(span.row) for span in spans)
-                slot.target = torch.empty(windows, *self._decoded)
-            step = -(-sum(len(span.row) for span in spans) // self._pieces)
-            first = 0
-            for span in spans:
-                for begin in range(0, len(span.row), step):
-                    rows = span.row[begin : begin + step]
-                    slot.reads.append(
-                        self._pool.submit(self._read, slot, span, rows, first + begin)
-                    )
-                first += len(span.row)
-            self._reading.append(slot)
-
-    def _take(self) -> _Slot | None:
-        """The next batch's slot, read; None after the last. A reader's error is raised here."""
-        self._read_ahead()
-        if not self._reading:
-            return None
-        slot = self._reading.popleft()
-        for read in slot.reads:
-            read.result()
-        return slot
-
-    def _read(self, slot: _Slot, span: Span, rows: Rows, first: int) -> None:
-        """In a thread: some windows of a span to the places from `first` on."""
-        end, cache = first + len(rows), self._caches[span.cache]
-        block = _part(slot.blocks[span.cache], first, end)
-        cache.read(self._split, span.view, rows, block)
-        slot.mask[first:end] = block.mask
-        slot.kmer_id[first:end] = np.where(
-            block.reversed[:, None], kmers.reverse_complement(block.kmer_id), block.kmer_id
-        )
-        if slot.target is None:
-            return
-        target = slot.target[first:end].numpy()
-        # A few windows at a time, so that what lies between the steps of decoding stays cached;
-        # by NumPy, because torch would set threads of its own to each of these.
-        some = max(1, _DECODED_AT_ONCE // int(np.prod(self._decoded)))
-        for i in range(0, len(rows), some):
-            part = slice(i, i + some)
-            scale = None if block.scale is None else block.scale[part]
-            target[part] = cache.codec.decode(
-                block.value[part], scale, cache.mean, cache.std, space=self._space
-            )
-
-    def _batch(self, slot: _Slot) -> Batch:
-        windows = sum(len(span.row) for span in slot.spans)
-        return Batch(
-            kmer_id=self._owned(slot.kmer_id[:windows]),
-            mask=self._owned(slot.mask[:windows]),
-            target=self._decode(slot) if slot.target is None else slot.target,
-            position=slot.position,
-            spans=slot.spans,
-        )
-
-    def _decode(self, slot: _Slot) -> Tensor:
-        """On the GPU, cache by cache."""
-        targets, first = [], 0
-        for i in sorted({span.cache for span in slot.spans}):
-            end = first + sum(len(span.row) for span in slot.spans if span.cache == i)
-            block = _part(slot.blocks[i], first, end)
-            value, scale = (
-                None if a is None else torch.from_numpy(a).to(self._device, non_blocking=True)
-                for a in (block.value, block.scale)
-            )
-            mean, std = self._statistics[i]
-            codec = self._caches[i].codec
-            targets.append(codec.decode(value, scale, mean, std, space=self._space))
-            first = end
-        return targets[0] if len(targets) == 1 else torch.cat(targets)
-
-    def _owned(self, array: npt.NDArray[Any]) -> Tensor:
-        """A tensor on the device that does not share the slot's memory."""
-        tensor = torch.from_numpy(array)
-        if self._side is None:
-            return tensor.clone()
-        return tensor.to(self._device, non_blocking=True)
+def _combined(how: Callable[[Any, Any], Any], *stats: Any) -> Any:
+    """Dataclasses of numbers, field by field; None of nothing."""
+    if not stats or any(one is None for one in stats):
+        return None
+    first, *others = stats
+    if not others:
+        return first
+    if not is_dataclass(first):
+        return functools.reduce(how, others, first)
+    kind: Any = type(first)
+    names = [field.name for field in fields(first)]
+    return kind(**{name: _combined(how, *map(attrgetter(name), stats)) for name in names})

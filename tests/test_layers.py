@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": {"errors", "dna", "students"},
     "checkpoint": {"errors", "durable"},
     "order": {"errors", "draws"},
-    "stream": {"errors", "order", "dna", "cache"},
+    "feed": {"dna", "cache"},
+    "stream": {"errors", "order", "cache", "feed"},
     "hold": {"errors", "durable"},
     "floors": {"dna"},
     "run": {"errors", "durable"},
@@ -91,6 +92,7 @@ OWNERS: dict[str, set[str]] = {
     "torch": {
         *{"teachers", "students", "objectives", "stream", "checkpoint", "extract", "distill"},
         "floors",
+        "feed",
         "learner",
         "parts",
         "cluster",  # deals out the devices of one machine
