@@ -273,6 +273,12 @@ def _hub_parts(model: NTv2) -> dict[str, Tensor]:
     return parts
 
 
+def is_ntv2(config: Mapping[str, object]) -> bool:
+    """Whether a config.json is an NT-v2's: the hub's own has no model_type, copies say "esm"."""
+    kind = config.get("model_type")
+    return kind is None or (kind == "esm" and config.get("add_bias_fnn") is False)
+
+
 def read_config(folder: Path) -> NTv2Config:
     """The shape told by a folder's config.json; raises InputError where it is not an NT-v2."""
     path = folder / CONFIG_FILE

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +75,22 @@ class Teacher(Protocol):
         """
 
 
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A teacher that can be asked how well it knows DNA, by its language head."""
+
+    @property
+    def token_bases(self) -> int:
+        """Bases of one token."""
+
+    def masked_loss(
+        self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float64] | None:
+        """Cross-entropy in nats of every hidden k-mer, windows one after the other; of several
+        tokens their sum. None where the checkpoint has no language head.
+        """
+
+
 def load_teacher(
     name: str,
     *,
@@ -85,12 +101,13 @@ def load_teacher(
 ) -> Teacher:
     """The teacher in a folder, or of a hub name at a pinned commit.
 
+    An NT-v2 runs on our own code, any other masked language model on transformers' own classes.
     `device` is "auto" (CUDA where there is some), "cpu", "cuda" or "cuda:N". On CUDA matrix
     products are in bfloat16, on the CPU in float32. `offline` takes a hub name from the local hub
     cache alone.
     """
-    from had_pipe.teachers.folder import licence, weight_files, weights_sha256
-    from had_pipe.teachers.ntv2 import NTv2Teacher, load_checkpoint, read_config
+    from had_pipe.teachers.folder import read_config_file
+    from had_pipe.teachers.ntv2 import NTv2Teacher, is_ntv2, load_checkpoint, read_config
 
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -108,21 +125,54 @@ def load_teacher(
             f"[teacher] name: {name!r} is neither a folder that exists nor a hub name of the form "
             "'organisation/model'; mend the path or the name."
         )
-    blocks = read_config(folder).num_hidden_layers
+    if is_ntv2(read_config_file(folder)):
+        _check_layer(shown, layer, read_config(folder).num_hidden_layers)
+        ours = load_checkpoint(folder, head="stored")
+        return NTv2Teacher(
+            ours, **_identity(shown, revision, folder, layer), device=_device(device)
+        )
+    from had_pipe.teachers.masked_lm import MaskedLMTeacher, load_model, read_shape
+
+    shape = read_shape(folder)
+    _check_layer(shown, layer, shape.blocks)
+    model, has_head = load_model(folder, shape)
+    return MaskedLMTeacher(
+        model,
+        shape,
+        has_head=has_head,
+        **_identity(shown, revision, folder, layer),
+        device=_device(device),
+    )
+
+
+class _Identity(TypedDict):
+    """What a teacher is called, whatever it is made of."""
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+    licence: str
+    layer: int
+
+
+def _identity(shown: str, revision: str | None, folder: Path, layer: int) -> _Identity:
+    from had_pipe.teachers.folder import licence, weight_files, weights_sha256
+
+    return {
+        "name": shown,
+        "revision": revision,
+        "weights_sha256": weights_sha256(weight_files(folder)),
+        "licence": licence(shown, folder),
+        "layer": layer,
+    }
+
+
+def _check_layer(shown: str, layer: int, blocks: int) -> None:
     if layer != -1 and not 1 <= layer <= blocks:
         raise RecipeError(
             f"[teacher] layer = {layer}: {shown} has blocks 1 to {blocks}; name one of them, "
             "or -1 for the output of the final norm."
         )
-    return NTv2Teacher(
-        load_checkpoint(folder, head="stored"),
-        name=shown,
-        revision=revision,
-        weights_sha256=weights_sha256(weight_files(folder)),
-        licence=licence(shown, folder),
-        layer=layer,
-        device=_device(device),
-    )
 
 
 def _device(device: str) -> torch.device:
