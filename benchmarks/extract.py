@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from stream import commit, machine
+from measuring import commit, machine
 
 import had_pipe
 from had_pipe import extract as stage

@@ -47,8 +47,8 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+from measuring import commit, machine
 from safetensors.torch import load_file
-from stream import commit, machine
 from torch import Tensor, nn
 
 import had_pipe

@@ -38,7 +38,8 @@ from typing import Any
 
 import crc32c
 import numpy as np
-from stream import CHANNELS, VISIBLE, build, commit, machine
+from measuring import commit, machine
+from synthetic import CHANNELS, VISIBLE, build
 
 import had_pipe
 from had_pipe.cache import Cache, Part, integrity, writer

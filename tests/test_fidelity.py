@@ -23,7 +23,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 def fidelity(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield import_module("fidelity")
-    for name in ("fidelity", "stream"):
+    for name in ("fidelity", "measuring"):
         sys.modules.pop(name, None)
 
 
