@@ -45,13 +45,7 @@ def student_card(
         f"{plan.teacher.layer}) in {record.steps:,} steps of {batch:,} windows of "
         f"{plan.windows.bases:,} bases.",
         "",
-        "| cache | genome | bases | digest |",
-        "|---|---|---|---|",
-        *(
-            f"| {cache.id[:12]} | {_line(of.name)} | {of.bases:,} | {_line(of.digest)} |"
-            for cache in caches
-            for of in cache.plan.genomes
-        ),
+        *_provenance(caches, record.run["recipe"]["train"].get("weights")),
         "",
         f"Licence: {_line(licence)}, inherited from the teacher through the cache.",
     ]
@@ -86,6 +80,18 @@ def student_card(
         "",
     ]
     return "\n".join([*front, *body])
+
+
+def _provenance(caches: Sequence[Cache], weights: Sequence[float] | None) -> list[str]:
+    """A table of what was read; `weights` says in which proportion, where that was asked for."""
+    columns = ["cache", *(["weight"] if weights else []), "genome", "bases", "digest"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for place, cache in enumerate(caches):
+        weight = [f"{weights[place]:g}"] if weights else []
+        for of in cache.plan.genomes:
+            cells = [cache.id[:12], *weight, _line(of.name), f"{of.bases:,}", _line(of.digest)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def teacher_of(cache: Cache) -> str:

@@ -41,6 +41,7 @@ from had_pipe.order import ORDER_VERSION
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe
 from had_pipe.signals import Signals, Stopped
+from had_pipe.sizes import size
 from had_pipe.stream import (
     Batch,
     Stream,
@@ -55,6 +56,8 @@ FLOOR_WINDOWS = 8192
 _FLOOR_ELEMENTS = 1 << 22
 """Elements of an embedding in one batch of that."""
 _BEFORE = "before the first step"
+PREFETCH = 256 << 20
+"""Bytes read ahead of training, unless said otherwise."""
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +84,13 @@ def distill(
     recipe: Recipe,
     *,
     caches: Sequence[Path] | None = None,
+    prefetch: int = PREFETCH,
     device: str = "auto",
     report: Reporter = silent,
 ) -> DistillSummary:
     """Train the recipe's student from the recipe's cache, or from `caches`; go on where it stopped.
+
+    `prefetch` bounds the bytes read ahead, but for two batches; it changes nothing that is learnt.
 
     Raises RunMismatch where the run's folder was begun by another recipe or cache, HeldError where
     another process trains into it, NonFiniteError at the first loss or gradient that is no number,
@@ -93,7 +99,13 @@ def distill(
     if recipe.train is None:
         raise RecipeError("missing table [train]: distill needs at least out, steps and batch")
     torch_device = _device(device)
-    opened = [Cache.open(path) for path in (caches or [recipe.cache.folder])]
+    sources = list(caches or [recipe.cache.folder])
+    if recipe.train.weights is not None and len(recipe.train.weights) != len(sources):
+        raise RecipeError(
+            f"[train] weights = {list(recipe.train.weights)}: {len(recipe.train.weights)} for "
+            f"{len(sources)} caches; give one for each, in the order of --cache"
+        )
+    opened = [Cache.open(source) for source in sources]
     require_alike(opened, space=recipe.objective.target)
     for cache in opened:
         require_split(cache, "train")
@@ -112,7 +124,9 @@ def distill(
         Signals() as signals,
         torch.random.fork_rng(_forked(torch_device)),
     ):
-        training = _Run(recipe, opened, torch_device, report=report, signals=signals)
+        training = _Run(
+            recipe, opened, torch_device, prefetch=prefetch, report=report, signals=signals
+        )
         already_done = (out / run.STUDENT).exists()
         if not already_done:
             training.train()
@@ -129,6 +143,7 @@ class _Run:
         caches: Sequence[Cache],
         device: torch.device,
         *,
+        prefetch: int,
         report: Reporter,
         signals: Signals,
     ) -> None:
@@ -137,6 +152,7 @@ class _Run:
         self.caches = caches
         self.out = recipe.train.out
         self._device = device
+        self._prefetch = prefetch
         self._report = report
         self._signals = signals
         # Where the run stands: steps made before this process, the last step metrics tell of, the
@@ -239,8 +255,10 @@ class _Run:
                 self.caches,
                 batch=self.config.batch,
                 seed=self.config.seed,
+                weights=self.config.weights,
                 start=self._start,
                 device=self._device,
+                prefetch=self._prefetch,
             ) as stream:
                 self._loop(stream, metrics)
 
@@ -258,7 +276,7 @@ class _Run:
             self._sums += self._update(step, batch)
             last = step == config.steps
             if step == 1 or step % config.log_every == 0 or last:
-                epoch = step * config.batch / stream.order.windows
+                epoch = stream.order.epochs(step * config.batch)
                 facts = self._tell(step, metrics, pace, epoch=epoch)
             self._report(
                 Progress(
@@ -297,7 +315,7 @@ class _Run:
         windows = self.caches[0].plan.windows
         # A process that goes on has made fewer steps than the line tells of.
         made = step - max(self._told, self._start)
-        rate, wait_share = made * self.config.batch / pace.seconds, pace.wait_share
+        rate, reading = made * self.config.batch / pace.seconds, pace.reading()
         losses = self.learner.named(means)
         metrics.write(
             "train",
@@ -309,14 +327,14 @@ class _Run:
             windows_per_second=rate,
             kmers_per_second=rate * windows.kmers,
             bases_per_second=rate * windows.bases,
-            wait_share=wait_share,
+            **reading,
             epoch=epoch,
         )
         self._sums.zero_()
         self._told = step
         pace.restart()
         shown = {term: losses[term] for term in TERMS[:3] if term in losses}
-        return {**shown, "wait": f"{wait_share:.1%}"}
+        return {**shown, **_shown(reading)}
 
     def _seconds(self) -> float:
         """Of the run so far, all its processes added."""
@@ -465,7 +483,7 @@ class _Run:
 
 
 class _Pace:
-    """Time spent on training, and on waiting for data within it, since the last line of metrics."""
+    """Time spent on training since the last line of metrics, and what was read meanwhile."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -473,7 +491,7 @@ class _Pace:
 
     def restart(self) -> None:
         self._begun, self._aside = perf_counter(), 0.0
-        self._waited = self._stream.wait_seconds
+        self._stats = self._stream.stats()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -486,9 +504,33 @@ class _Pace:
     def seconds(self) -> float:
         return max(perf_counter() - self._begun - self._aside, 1e-9)
 
-    @property
-    def wait_share(self) -> float:
-        return min(1.0, (self._stream.wait_seconds - self._waited) / self.seconds)
+    def reading(self) -> dict[str, float]:
+        """How reading fared, as metrics have it."""
+        stats = self._stream.stats().since(self._stats)
+        told = {
+            "wait_share": min(1.0, stats.wait_seconds / self.seconds),
+            "read_bytes": stats.nbytes,
+            "read_bytes_per_second": stats.nbytes / self.seconds,
+        }
+        if stats.mirror is not None:
+            told |= {
+                "mirror_hits": stats.mirror.hits,
+                "mirror_misses": stats.mirror.misses,
+                "mirror_downloaded_bytes": stats.mirror.downloaded_nbytes,
+            }
+        return told
+
+
+def _shown(reading: Mapping[str, float]) -> dict[str, str]:
+    """How reading fared, for a line of progress."""
+    shown = {
+        "wait": f"{reading['wait_share']:.1%}",
+        "read": f"{size(reading['read_bytes_per_second'])}/s",
+    }
+    asked = reading.get("mirror_hits", 0) + reading.get("mirror_misses", 0)
+    if asked:
+        shown["mirror"] = f"{reading['mirror_hits'] / asked:.0%}"
+    return shown
 
 
 def _summary(training: _Run, *, already_done: bool) -> DistillSummary:

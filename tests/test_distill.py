@@ -56,7 +56,12 @@ TINY = {
     "attention_heads": 2,
     "mlp": 32,
 }
-TIMING = {"seconds", "windows_per_second", "kmers_per_second", "bases_per_second", "wait_share"}
+TIMING = {
+    *("seconds", "windows_per_second", "kmers_per_second", "bases_per_second", "wait_share"),
+    # A process that goes on tells only of what it read itself.
+    *("read_bytes", "read_bytes_per_second"),
+    *("mirror_hits", "mirror_misses", "mirror_downloaded_bytes"),
+}
 
 
 def a_recipe(cache: Path, out: Path, *, objective: Any = None, **train: Any) -> Recipe:
@@ -368,7 +373,7 @@ def test_a_student_that_was_not_published_yet_is_published_without_training(
     assert_same_run(tmp_path / "run", straight)
 
 
-def test_metrics_tell_every_line_of_the_schedule(straight: DistillSummary) -> None:
+def test_metrics_tell_every_line_of_the_schedule(straight: DistillSummary, cache: Path) -> None:
     lines = read_metrics(straight.run)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 4, 8, 12, 16, 20]
     assert [line["step"] for line in lines if line["kind"] == "validation"] == [10, 20]
@@ -378,8 +383,14 @@ def test_metrics_tell_every_line_of_the_schedule(straight: DistillSummary) -> No
         assert line["loss"] == pytest.approx(line["align"] + line["reconstruct"], rel=1e-5)
         assert line["epoch"] == line["step"] * 8 / 96
         assert 0 <= line["wait_share"] <= 1
+        assert line["read_bytes_per_second"] > 0
+        assert "mirror_hits" not in line
         assert line["kmers_per_second"] == pytest.approx(line["windows_per_second"] * 12)
         assert line["bases_per_second"] == pytest.approx(line["windows_per_second"] * 72)
+    # 20 batches of 8 windows, values and scales as they are stored.
+    stored = Cache.open(cache).allocate(20 * 8)
+    assert stored.scale is not None
+    assert sum(line["read_bytes"] for line in train) == stored.value.nbytes + stored.scale.nbytes
     assert [line["seconds"] for line in train] == sorted(line["seconds"] for line in train)
     assert straight.first == train[0]
     assert straight.last == train[-1]
@@ -610,7 +621,46 @@ def test_several_caches_are_one_corpus(tmp_path: Path, cache: Path) -> None:
         distill(recipe)
 
 
+def test_weights_mix_caches_and_are_part_of_what_a_run_is(tmp_path: Path, cache: Path) -> None:
+    other = build_cache(tmp_path / "other", windows=32, seed=1)
+    taken = [0, 0]
+
+    class Counting(Stream):
+        def __next__(self) -> Batch:
+            batch = super().__next__()
+            for span in batch.spans:
+                taken[span.cache] += len(span.row)
+            return batch
+
+    recipe = a_recipe(cache, tmp_path / "run", weights=[3, 1])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("had_pipe.distill.Stream", Counting)
+        summary = distill(recipe, caches=[cache, other])
+    assert taken == [120, 40]  # of 20 batches of 8
+    assert summary.last["epoch"] == 120 / 96  # of the cache that is seen slowest
+    record = json.loads((summary.run / "run.json").read_text())
+    assert record["recipe"]["train"]["weights"] == [3.0, 1.0]
+    card = (summary.student / "README.md").read_text()
+    for opened, weight in ((Cache.open(cache), "3"), (Cache.open(other), "1")):
+        assert f"| {opened.id[:12]} | {weight} | " in card
+    for weights in ([1, 3], None):
+        with pytest.raises(RunMismatch, match=r"train\.weights   there \[3\.0, 1\.0\]   here"):
+            distill(a_recipe(cache, tmp_path / "run", weights=weights), caches=[cache, other])
+
+
 # Refusals
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 1, 1]])
+def test_weights_for_another_number_of_caches_are_refused(
+    tmp_path: Path, cache: Path, weights: list[int]
+) -> None:
+    recipe = a_recipe(cache, tmp_path / "run", weights=weights)
+    with pytest.raises(
+        RecipeError, match=r"\[train\] weights = .* for 2 caches; give one for each"
+    ):
+        distill(recipe, caches=[cache, cache])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_begun_by_another_recipe_is_refused_naming_each_key(
