@@ -13,7 +13,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -29,9 +29,11 @@ from had_pipe.card import student_card, teacher_of
 from had_pipe.durable import make_folder, publish, storage, sync_tree
 from had_pipe.errors import (
     CacheMismatch,
+    HadPipeError,
     InputError,
     NonFiniteError,
     RecipeError,
+    StorageError,
 )
 from had_pipe.floors import Floors, Seen
 from had_pipe.hold import held
@@ -242,13 +244,13 @@ class _Run:
             self._restore(state)
         nbytes = state.facts["metrics_nbytes"] if state is not None else 0
         with run.Metrics(self.out, nbytes=nbytes) as metrics:
-            try:
-                if state is None:
+            if state is None:
+                try:
                     self._measure_floors(metrics)
-                if self._validation_due:
-                    self._validate(self._start, metrics)
-            except Stopped:
-                self._signals.stop(self._where(self._start))
+                except Stopped:
+                    self._signals.stop(_BEFORE)
+            if self._validation_due:
+                self._validate(self._start, metrics)
             if self._start == self.config.steps:
                 return
             with Stream(
@@ -267,12 +269,8 @@ class _Run:
         pace = _Pace(stream)
         facts: dict[str, float | str] = {}
         for step in range(self._start + 1, config.steps + 1):
-            try:
+            with self._keeping(step - 1, metrics):
                 batch = self._signals.wait_for(stream.__next__)
-            except Stopped:
-                if step - 1 > self._start or step == 1:
-                    self._save(step - 1, metrics)
-                self._signals.stop(self._where(step - 1))
             self._sums += self._update(step, batch)
             last = step == config.steps
             if step == 1 or step % config.log_every == 0 or last:
@@ -293,16 +291,28 @@ class _Run:
             stopping = self._signals.caught is not None
             with pace.aside():
                 if step % config.validate_every == 0 or last:
-                    self._validation_due = True
-                    try:
-                        self._validate(step, metrics)
-                    except Stopped:
-                        # Whoever goes on validates first.
-                        stopping = True
+                    self._validate(step, metrics)
                 if step % config.checkpoint_every == 0 or last or stopping:
                     self._save(step, metrics)
-            if stopping and (not last or self._validation_due):
+            if stopping and not last:
                 self._signals.stop(self._where(step))
+
+    @contextmanager
+    def _keeping(self, step: int, metrics: run.Metrics) -> Iterator[None]:
+        """Save what was learnt where data does not come: a network may be gone for days."""
+        try:
+            yield
+        except Stopped:
+            self._keep(step, metrics)
+            self._signals.stop(self._where(step))
+        except HadPipeError:
+            with suppress(StorageError):  # the disk may be what failed
+                self._keep(step, metrics)
+            raise
+
+    def _keep(self, step: int, metrics: run.Metrics) -> None:
+        if step > self._start or step == 0:
+            self._save(step, metrics)
 
     def _where(self, step: int) -> str:
         return f"after step {step} of {self.config.steps}, saved" if step else _BEFORE
@@ -419,16 +429,21 @@ class _Run:
 
     def _validate(self, step: int, metrics: run.Metrics) -> None:
         held_out, config = self._held_out(), self.config
-        if held_out:
-            batches = self._pass(
-                held_out,
-                config.validation_split,
-                config.validation_windows,
-                batch=config.batch,
-                what="validating",
-            )
-            metrics.write("validation", step=step, **self.learner.measure(batches))
+        if not held_out:
+            return
+        batches = self._pass(
+            held_out,
+            config.validation_split,
+            config.validation_windows,
+            batch=config.batch,
+            what="validating",
+        )
+        # Where this does not come to its end, whoever goes on validates first.
+        self._validation_due = True
+        with self._keeping(step, metrics):
+            found = self.learner.measure(batches)
         self._validation_due = False
+        metrics.write("validation", step=step, **found)
 
     @torch.no_grad()
     def _measure_floors(self, metrics: run.Metrics) -> None:

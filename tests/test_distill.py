@@ -34,6 +34,7 @@ from had_pipe.errors import (
     HeldError,
     InputError,
     Interrupted,
+    NetworkError,
     NonFiniteError,
     RecipeError,
     RunMismatch,
@@ -277,6 +278,33 @@ def test_a_validation_that_is_stopped_is_made_by_whoever_goes_on(
         validations = which - 1
         with pytest.raises(Interrupted, match=f"after step {10 * which} of 20, saved"):
             distill(recipe)
+    distill(recipe)
+    assert_same_run(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_what_was_learnt_is_kept_when_a_network_goes_away(
+    tmp_path: Path,
+    cache: Path,
+    straight: DistillSummary,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+) -> None:
+    class Cut(Stream):
+        def __next__(self) -> Batch:
+            batch = super().__next__()
+            if batch.position == step:
+                raise NetworkError("the host is gone")
+            return batch
+
+    recipe = a_recipe(cache, tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr("had_pipe.distill.Stream", Cut)
+        for _ in range(2):  # still gone
+            with pytest.raises(NetworkError):
+                distill(recipe)
+            saved = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
+            assert [path.name for path in saved] == [f"step-{step:08d}"]
     distill(recipe)
     assert_same_run(tmp_path / "run", straight)
 
