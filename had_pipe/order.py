@@ -77,9 +77,9 @@ class Mix:
     """The order of the windows of several caches: what is at which place, for ever.
 
     Without weights all windows of all caches make one epoch. With them every cache has an order
-    and epochs of its own, and a fixed cycle says which cache a place belongs to: no stretch of
-    places from the start of a cycle is a whole window away from its share of any cache, and every
-    stretch as long as a cycle has exactly its share.
+    and epochs of its own, and a fixed cycle says which cache a place belongs to: after any number
+    of places no cache is a whole window away from its share, and every stretch as long as a cycle
+    has exactly that of each.
     """
 
     def __init__(
