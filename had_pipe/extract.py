@@ -37,7 +37,14 @@ from had_pipe.errors import (
     StorageError,
 )
 from had_pipe.hold import Lease, Share
-from had_pipe.job import Job, check_same, check_teacher, describe, given_statistics
+from had_pipe.job import (
+    Job,
+    check_knowledge,
+    check_same,
+    check_teacher,
+    describe,
+    given_statistics,
+)
 from had_pipe.parts import (
     PartMaker,
     batch_windows,
@@ -163,8 +170,8 @@ def ensure_plan(
             )
         )
 
-    def make(cache: Path) -> Plan:
-        return _make_plan(cache, asked, references, teacher, described, given, report)
+    def make(cache: Path, like: Plan | None = None) -> Plan:
+        return _make_plan(cache, asked, references, teacher, described, given, like, report)
 
     lease = lock_of(path, "plan")
     while True:
@@ -178,7 +185,7 @@ def ensure_plan(
                     continue  # slept, and whoever took over swept its files away
             plan = check_same(path, described, given)
             if repair:
-                _repair(path, plan, make, report)
+                _repair(path, plan, partial(make, like=plan), report)
             return plan
 
 
@@ -189,11 +196,16 @@ def _make_plan(
     teacher: Teacher,
     described: Mapping[str, Any],
     given: Statistics | None,
+    like: Plan | None,
     report: Reporter,
 ) -> Plan:
-    """Windows, masks and calibration, written as the plan."""
+    """Windows, masks and calibration, written as the plan; `like` is the plan it once was."""
     splits = corpus.lay_out(references, asked.windows)
     split = "train" if "train" in splits else max(splits, key=lambda s: len(splits[s].kmer_id))
+    if (asked if like is None else like).teacher.unchecked:
+        described = {**described, "teacher": {**described["teacher"], "unchecked": True}}
+    elif like is None:
+        check_knowledge(teacher, splits[split].kmer_id, splits[split].mask[0], report)
     # Rows are in random order, so the first ones are a random sample.
     sample = _sample(asked, teacher, splits[split], given is not None, report)
     found = calibrate(asked.cache.codec, cast(Any, teacher.dtype), sample, given=given)

@@ -5,19 +5,25 @@ It decides what two calls must have in common to work on one cache. Nothing here
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from had_pipe import corpus
 from had_pipe.cache import Cache, Plan, Statistics, integrity, layout, writer
 from had_pipe.dna.kmers import K
-from had_pipe.errors import CacheCorrupt, CacheMismatch, RecipeError
+from had_pipe.errors import CacheCorrupt, CacheMismatch, InputError, RecipeError
+from had_pipe.progress import Progress, Reporter
 from had_pipe.recipe import Cache as CacheRecipe
 from had_pipe.recipe import Genome, Recipe, Windows
 from had_pipe.recipe import Teacher as TeacherRecipe
-from had_pipe.teachers.teacher import Teacher, load_teacher
+from had_pipe.teachers.knowledge import MARGIN, Knowledge, knowledge
+from had_pipe.teachers.teacher import LanguageModel, Teacher, load_teacher
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,48 @@ def check_teacher(teacher: Teacher, windows: Windows) -> None:
             f"[windows] bases = {windows.bases}: {windows.kmers:,} k-mers, but {teacher.name} sees "
             f"at most {teacher.context:,}; take windows of at most {teacher.context * K:,} bases"
         )
+
+
+def check_knowledge(
+    teacher: Teacher,
+    kmer_id_WT: npt.NDArray[np.uint16],
+    mask_WT: npt.NDArray[np.bool_],
+    report: Reporter,
+) -> Knowledge | None:
+    """What a teacher knows of windows in random order; None of one that has no such question.
+
+    Raises InputError where that is no more than frequencies tell: then it is mapped wrongly.
+    """
+    if not isinstance(teacher, LanguageModel):  # a Python object that somebody passed
+        return None
+    begun = time.monotonic()
+
+    def tick(done: int, total: int) -> None:
+        report(
+            Progress(
+                what="asking the teacher for hidden 6-mers",
+                done=done,
+                total=total,
+                unit="windows",
+                seconds=time.monotonic() - begun,
+            )
+        )
+
+    found = knowledge(teacher, kmer_id_WT, mask_WT, tick)
+    override = "or set unchecked = true in [teacher], which the cache records"
+    if found is None:
+        raise InputError(
+            f"[teacher] {teacher.name}: its checkpoint holds no language head, so that it cannot "
+            "be asked for hidden 6-mers, which tells whether it is loaded rightly; get the whole "
+            f"one, {override}"
+        )
+    if not found.enough:
+        raise InputError(
+            f"[teacher] {teacher.name} does not know this DNA: {found}; expected at least {MARGIN} "
+            "fewer. Its tokens or weights are mapped wrongly, or it never learnt such genomes: get "
+            f"the checkpoint's own tokenizer and config.json, {override}"
+        )
+    return found
 
 
 def describe(

@@ -118,6 +118,9 @@ class Teacher(Section):
     """Whose output is kept: k for block k, -1 for the output of the final norm."""
     input: Literal["masked", "full"] = "masked"
     """What the teacher sees at masked groups: its mask token, or the k-mers themselves."""
+    unchecked: bool = False
+    """True takes a teacher that knows hidden 6-mers no better than their frequency does, or that
+    cannot be asked; the cache records it."""
 
     @field_validator("name")
     @classmethod

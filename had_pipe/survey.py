@@ -25,10 +25,11 @@ from had_pipe.cache.codec import CodecName, calibrate
 from had_pipe.cache.reader import expected_keys
 from had_pipe.dna.windows import REST
 from had_pipe.durable import free_files, free_nbytes
-from had_pipe.errors import CacheMismatch, NonFiniteError, RecipeError
+from had_pipe.errors import CacheMismatch, InputError, NonFiniteError, RecipeError
 from had_pipe.extract import check_free_for_us
 from had_pipe.job import (
     Job,
+    check_knowledge,
     check_same,
     check_teacher,
     describe,
@@ -135,6 +136,7 @@ def survey(
     batch = batch_windows(teacher, kmers=asked.windows.kmers, part=asked.cache.part)
     probe = _probe(asked, teacher, coverage.sample, batch, windows, report)
     losses = _losses(probe.sample, list(plans), teacher, given, report)
+    doubt = _doubt(asked, teacher, coverage.sample, report)
     files = len(expected_keys(plan)) + 1  # and the manifest
     costs = {name: _cost(outline, losses.get(name)) for name, outline in plans.items()}
     state, left = _state(asked, references, teacher, given)
@@ -171,7 +173,7 @@ def survey(
         seconds=windows / probe.windows_per_second,
         licence=asked.cache.licence or teacher.licence,
         licence_implies=_implied(asked.cache.licence or teacher.licence),
-        notes=_notes(asked, needed=needed, files=needed_files),
+        notes=[*doubt, *_notes(asked, needed=needed, files=needed_files)],
     )
 
 
@@ -317,6 +319,17 @@ def _losses(
             )
         )
     return losses
+
+
+def _doubt(asked: Job, teacher: Teacher, shown: corpus.Shown, report: Reporter) -> list[str]:
+    """Why extraction would not take this teacher, if so."""
+    if asked.teacher.unchecked:
+        return []
+    try:
+        check_knowledge(teacher, shown.kmer_id, shown.mask, report)
+    except InputError as error:
+        return [f"extract-teacher refuses to begin: {error}"]
+    return []
 
 
 def _state(

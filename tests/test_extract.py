@@ -1164,6 +1164,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
         """
 [teacher]
 name = "./ntv2"
+unchecked = true
 
 [[genome]]
 name = "piece"

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"errors", "durable"},
     "card": {"cache", "run"},
     "report": {"sizes", "durable", "run"},
-    "job": {"errors", "dna", "recipe", "cache", "corpus", "teachers"},
+    "job": {"errors", "progress", "dna", "recipe", "cache", "corpus", "teachers"},
     "parts": {"errors", "durable", "hold", "dna", "cache", "teachers"},
     "audit": {"errors", "progress", "draws", "recipe", "cache", "teachers", "parts"},
     "extract": {

@@ -149,6 +149,7 @@ def a_recipe_to_run(folder: Path, *, views: int) -> Path:
         f"""
 [teacher]
 name = "./ntv2"
+unchecked = true
 
 [[genome]]
 name = "piece"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -151,6 +152,13 @@ class TeacherPlan(_Document):
     channels: Annotated[int, Field(gt=0, le=1 << 20)]
     dtype: Literal["float32", "float16", "bfloat16"]
     licence: Text
+    unchecked: Literal[True] | None = None
+    """True where a recipe left out the check that it knows the DNA; else absent from the JSON."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = fields(self)
+        return {key: written[key] for key in written if key != "unchecked" or self.unchecked}
 
 
 class SourcePlan(_Document):
@@ -330,10 +338,10 @@ class Signal:
     dtype: str
     window: tuple[int, ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of one window, its CRC apart."""
-        return int(np.prod(self.window)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.window) * np.dtype(self.dtype).itemsize
 
     @property
     def stride(self) -> int:
@@ -468,7 +476,10 @@ class Manifest(_Document):
 def meaning(document: Mapping[str, Any]) -> dict[str, Any]:
     """A plan's fields that a recipe decides, flat, without those that follow from them."""
     derived = ("contents", "splits", "statistics")
-    return dict(_flatten({k: v for k, v in document.items() if k not in derived}, ""))
+    flat = dict(_flatten({k: v for k, v in document.items() if k not in derived}, ""))
+    # How the teacher was looked at before says nothing of what was asked of it.
+    flat.pop("teacher.unchecked", None)
+    return flat
 
 
 def canonical_json(value: object) -> bytes:

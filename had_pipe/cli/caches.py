@@ -196,7 +196,8 @@ def _plan_facts(cache: Cache) -> list[tuple[str, str]]:
         (
             "",
             f"{layer(teacher.layer)}, {teacher.channels:,} channels in {teacher.dtype}, "
-            f"input {teacher.input}",
+            f"input {teacher.input}"
+            + (", never checked to know the DNA" if teacher.unchecked else ""),
         ),
     ]
     for genome in plan.genomes:
