@@ -2,7 +2,8 @@
 
 Reading runs no code of the store, follows no link and trusts no length: keys and shapes come from
 the plan, every window is held against the CRC in its receipt, and what is missing is an error,
-never a fill value. The order in which to read is the caller's.
+never a fill value. (Asked to, it reads a store of another layout through zarr-python, which decodes
+what it finds.) The order in which to read is the caller's.
 
 T k-mers per window, G stored groups per window, D channels, B windows of a block.
 """
@@ -14,12 +15,16 @@ import itertools
 import json
 import math
 import os
+import resource
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import crc32c
 import numpy as np
@@ -27,7 +32,7 @@ import numpy.typing as npt
 
 from had_pipe.cache.codebook import Codebook
 from had_pipe.cache.codec import Codec, learns
-from had_pipe.cache.door import open_object, read_opened
+from had_pipe.cache.door import open_object, read_object, read_opened
 from had_pipe.cache.layout import (
     CRC_NBYTES,
     DATA,
@@ -40,26 +45,32 @@ from had_pipe.cache.layout import (
     Receipt,
     ShardRecord,
     Signal,
+    SplitPlan,
     parse_receipt,
     read_manifest,
     read_plan,
     receipt_limit,
-    shard_index,
     shard_nbytes,
     statistic_key,
 )
 from had_pipe.cache.loci import WindowTable
+from had_pipe.cache.shard import Due, Rows, Shard, ZarrRows, ZarrStore, memory_nbytes
 from had_pipe.dna.kmers import KMERS, K, reverse_complement
 from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheRefused
+
+if TYPE_CHECKING:
+    from had_pipe.cache.mirror import Mirror
 
 Check = Literal["first", "always", "never"]
 """When a window's CRC is compared: the first time this process reads it, always, never."""
 
 _LARGEST_ATTRIBUTES = 1 << 20
 _POSITIVE = ("std", "spread", "stretch")
-_OPEN_PARTS = 128  # parts whose files and small arrays are kept at hand
-_OPEN_NBYTES = 1 << 30  # and what these arrays may hold together
-_ROWS_A_CALL = 512  # preadv takes at most IOV_MAX (1024) buffers, two a row
+_INFINITE = 0x7C00  # in float16
+_OPEN_PARTS = 128  # parts of a cache whose files and small arrays are kept at hand
+_OPEN_NBYTES = 1 << 30  # and what these arrays of all caches may hold together
+_SOON_READ = 1 << 30  # what is shorter is no burden to the page cache
+_OPEN_PASSING = 32  # such parts at least, where the page cache must not keep their shards
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,15 @@ class Block:
     """(B, G, D), rows in the orientation the teacher saw."""
     scale: npt.NDArray[np.float16] | None
     """(B, G), or None where the codec has none."""
+
+    @cached_property
+    def rows(self) -> list[memoryview]:
+        """The bytes of each window's value, writable in place. A block that is read into again and
+        again is spared making them anew."""
+        assert self.value.flags.c_contiguous
+        nbytes = self.value.itemsize * math.prod(self.value.shape[1:])
+        flat = self.value.reshape(-1).view(np.uint8).data
+        return [flat[row * nbytes : (row + 1) * nbytes] for row in range(len(self.value))]
 
 
 @dataclass(frozen=True)
@@ -111,11 +131,16 @@ class Cache:
         manifest: Manifest | None,
         *,
         check: Check,
-        opener: Callable[[str], int] | None = None,
+        through_zarr: bool = False,
+        direct: bool = False,
+        mirror: Mirror | None = None,
     ) -> None:
-        """`opener` gives a descriptor of the object of a key, which the cache then closes."""
+        assert not (through_zarr and mirror), "what comes from elsewhere is what was written"
         self.path = path
-        self._opener = opener
+        self.mirror = mirror
+        """Where the cache's objects come from, if it lies behind a URL."""
+        self._direct = direct
+        self._store = ZarrStore(path) if through_zarr else None
         self.plan = plan
         self.sealed = manifest is not None
         self.id = manifest.id if manifest else plan.id
@@ -123,11 +148,14 @@ class Cache:
         self._manifest = manifest
         self._check = check
         self._parts: OrderedDict[Part, _OpenPart] = OrderedDict()
-        self._checked: dict[Part, npt.NDArray[np.bool_]] = {}
-        self._lock = threading.Lock()
+        self._closed = False
+        self._checked: dict[Part, Due | None] = {}
+        """Rows this process has checked, None for all of a part."""
+        self._planned_crcs: dict[str, list[int]] = {}
+        self._planning = threading.Lock()
         # K-mer ids, mask, strand, CRC and scales of a window.
         nbytes = 3 * plan.windows.kmers + 1 + CRC_NBYTES + 2 * plan.windows.stored
-        self._open_parts = max(1, min(_OPEN_PARTS, _OPEN_NBYTES // (plan.part * nbytes)))
+        self._open_nbytes = plan.part * nbytes
         self._windows_checked = False
         self.mean = self._statistic("mean")
         self.std = self._statistic("std")
@@ -140,13 +168,18 @@ class Cache:
         *,
         incomplete: bool = False,
         check: Check = "first",
-        opener: Callable[[str], int] | None = None,
+        through_zarr: bool = False,
+        direct: bool = False,
+        mirror: Mirror | None = None,
     ) -> Cache:
         """Open a cache for reading.
 
         An unsealed cache is refused unless `incomplete`, which gives the parts that have receipts.
-        plan.json and manifest.json lie in the folder; all else comes from `opener` where there is
-        one.
+        `through_zarr` reads the arrays of a store that another tool has laid out anew, by
+        zarr-python, every window checked at every read: slow, and it runs codecs on whatever the
+        store holds, so only for a store whose maker is trusted. `direct` reads past the page cache,
+        for disks that are faster than it.
+        With a mirror, `path` is its folder of this cache, and objects come through it.
         Raises CacheRefused, CacheIncomplete or CacheCorrupt.
         """
         plan, _ = read_plan(path)
@@ -161,7 +194,42 @@ class Cache:
             )
         if manifest is not None:
             _agree(path, manifest, plan)
-        return cls(path, plan, manifest, check=check, opener=opener)
+        return cls(
+            path,
+            plan,
+            manifest,
+            check=check,
+            through_zarr=through_zarr,
+            direct=direct,
+            mirror=mirror,
+        )
+
+    def close(self) -> None:
+        """Let go of all open files; nothing is read from now on. Reads under way end well."""
+        self._closed = True
+        self.let_go()
+        if self.mirror is not None:
+            self.mirror.close()
+
+    def let_go(self, keep: int = 0) -> None:
+        """Close the files of all parts but the `keep` last used; they are opened again on demand.
+
+        A file that is just being read is closed at its reader's end.
+        """
+        with _OPEN:
+            given_up = self._shrink(keep)
+        del given_up  # here, for closing may take a while
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
 
     @property
     def statistics(self) -> Mapping[str, npt.NDArray[Any]]:
@@ -171,8 +239,7 @@ class Cache:
 
     def rows(self, split: str) -> int:
         """How many windows a split has."""
-        windows: int = self._split(split).windows
-        return windows
+        return self._split(split).windows
 
     def views(self, split: str) -> tuple[int, ...]:
         """The views of a split."""
@@ -197,30 +264,60 @@ class Cache:
     def read(self, split: str, view: int, rows: npt.NDArray[np.int64], out: Block) -> None:
         """Read any rows of a split under one view into `out`, row i to place i.
 
-        Neighbouring rows are read in one call, whatever their places in `out`.
+        Neighbouring rows are read in one call, whatever their places in `out`; ascending rows are
+        the fast way. For any number of threads.
         """
-        of_split = self._split(split)
-        if view not in of_split.views:
-            raise CacheError(f"{self.path}: {split!r} has views {of_split.views}, not {view}")
-        assert _inside(rows, of_split.windows)
-        order = np.argsort(rows, kind="stable")
-        numbers = rows[order] // self.plan.part
-        for first, last in _runs(numbers, step=0):
-            places = order[first:last]
-            part = Part(split, view, int(numbers[first]))
+        order, runs = self._runs(split, view, rows)
+        signal = self.plan.signals[0]
+        assert out.value.dtype == signal.dtype
+        assert out.value.shape[1:] == signal.window
+        targets = out.rows
+        for part, first, begin, end in runs:
             opened = self._open_part(part)
-            inside = rows[places] - part.number * self.plan.part
-            out.kmer_id[places] = opened.kmer_id[inside]
-            out.mask[places] = opened.mask[inside]
-            out.reversed[places] = opened.reversed[inside]
+            last = first + end - begin
+            due = self._due(part, first, last)
+            places: Any
+            if order is None:
+                places = slice(begin, end)
+                opened.value.read(first, targets[begin:end], due)
+            else:
+                places = order[begin:end]
+                opened.value.read(first, [targets[place] for place in places.tolist()], due)
+            if due is not None:
+                self._set_checked(part, first, last)
+            out.kmer_id[places] = opened.kmer_id[first:last]
+            out.mask[places] = opened.mask[first:last]
+            out.reversed[places] = opened.reversed[first:last]
             if out.scale is not None:
                 assert opened.scale is not None
-                out.scale[places] = opened.scale[inside]
-            due = self._due(part, inside)
-            for start, stop in _runs(inside, step=1):
-                opened.read_values(inside[start:stop], places[start:stop], out.value, due)
-            if due is not None:
-                self._checked[part][inside] = True
+                out.scale[places] = opened.scale[first:last]
+
+    def advise(self, split: str, view: int, rows: npt.NDArray[np.int64]) -> None:
+        """Have the kernel fetch rows that will be read soon; it does not wait for them.
+
+        Opens their parts where these are local, which is then done by the time they are read.
+        """
+        for part, first, begin, end in self._runs(split, view, rows)[1]:
+            opened = self._open_part(part) if self.mirror is None else self._parts.get(part)
+            if opened is not None:
+                opened.value.advise(first, end - begin)
+
+    def coming(self, parts: Iterable[Part]) -> None:
+        """Say which parts are needed next, in that order; a mirror brings them ahead of need.
+
+        What was said before is forgotten. The iterable may be endless.
+        """
+        if self.mirror is not None:
+            self.mirror.coming(key for part in parts for key in self._keys(part))
+
+    def _keys(self, part: Part) -> Iterator[str]:
+        """The objects of a part, in the order in which they are opened."""
+        below = f"{part.split}/{part.view}"
+        yield part.receipt_key
+        yield _chunk_key(f"{below}/mask", part.number, 1)
+        yield _chunk_key(f"{below}/reversed", part.number, 0)
+        yield _chunk_key(f"{part.split}/kmer_id", part.number, 1)
+        yield from (part.shard_key(signal) for signal in self.plan.signals)
 
     def read_kmers(self, split: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
         """K-mer ids (B, T) of any rows of a split, forward strand."""
@@ -237,13 +334,10 @@ class Cache:
         self, part: Part
     ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """What was planned for a part, made or not: k-mer ids (B, T), mask (B, T), reversed (B)."""
-        windows, kmers = self.plan.part_windows(part), self.plan.windows.kmers
-        below = f"{DATA}/{part.split}/{part.view}"
-        whole = self.plan.part
-        mask = self._chunk(f"{below}/mask/c/{part.number}/0", "bool", (whole, kmers))
-        reverse = self._chunk(f"{below}/reversed/c/{part.number}", "bool", (whole,))
-        kmer_id = self._kmer_chunk(part.split, part.number)
-        return kmer_id[:windows], mask[:windows], reverse[:windows]
+        below, kmers = f"{part.split}/{part.view}", (self.plan.windows.kmers,)
+        mask = self._planned(f"{below}/mask", part.number, "bool", kmers)
+        reverse = self._planned(f"{below}/reversed", part.number, "bool", ())
+        return self._kmer_chunk(part.split, part.number), mask, reverse
 
     @property
     def nbytes(self) -> int:
@@ -332,7 +426,7 @@ class Cache:
         check_receipt(self.path, self.plan, part, receipt)
         return receipt
 
-    def _split(self, split: str) -> Any:
+    def _split(self, split: str) -> SplitPlan:
         if split not in self.plan.splits:
             known = ", ".join(self.plan.splits)
             raise CacheError(f"{self.path}: no split {split!r} here; it has {known}")
@@ -341,7 +435,11 @@ class Cache:
     def _statistic(self, name: str) -> npt.NDArray[Any]:
         dtype, shape = self.plan.statistics_arrays[name]
         key = f"{DATA}/{statistic_key(name, shape)}"
-        values = self._chunk(key, dtype, shape)
+        if self._store is None:
+            values = self._chunk(key, dtype, shape)
+        else:
+            array = f"statistics/embedding/{name}"
+            values = self._store.rows(array, 0, shape[0], Signal(array, dtype, shape[1:]))
         if hashlib.sha256(values.data).hexdigest() != self.plan.contents.get(
             f"statistics/embedding/{name}"
         ):
@@ -368,43 +466,75 @@ class Cache:
             )
         return Codebook(**arrays)
 
+    def _runs(
+        self, split: str, view: int, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64] | None, Iterator[tuple[Part, int, int, int]]]:
+        """Rows as runs of neighbours within a part: the part, its first row there, and from where
+        to where the run goes in the order that is given first (None: as they stand)."""
+        of_split, part = self._split(split), self.plan.part
+        if view not in of_split.views:
+            raise CacheError(f"{self.path}: {split!r} has views {of_split.views}, not {view}")
+        assert not self._closed
+        if len(rows) == 0:
+            return None, iter(())
+        order = None
+        step = rows[1:] - rows[:-1]
+        if len(step) and step.min() < 0:
+            order = np.argsort(rows, kind="stable")
+            rows = rows[order]
+            step = rows[1:] - rows[:-1]
+        assert rows[0] >= 0
+        assert rows[-1] < of_split.windows
+        breaks = np.flatnonzero((step != 1) | (rows[1:] % part == 0)) + 1
+        edges = [0, *breaks.tolist(), len(rows)]
+        first = rows[edges[:-1]].tolist()
+
+        def runs() -> Iterator[tuple[Part, int, int, int]]:
+            for row, (begin, end) in zip(first, itertools.pairwise(edges), strict=True):
+                number, inside = divmod(row, part)
+                yield Part(split, view, number), inside, begin, end
+
+        return order, runs()
+
     def _open_part(self, part: Part) -> _OpenPart:
-        with self._lock:
+        with _OPEN:
             opened = self._parts.get(part)
             if opened is not None:
                 self._parts.move_to_end(part)
                 return opened
         # Opened outside the lock: two threads may do it twice, which only costs time.
         opened = self._prepare(part)
-        with self._lock:
+        with _OPEN:
+            if self._closed:
+                return opened
             self._parts[part] = opened
-            if len(self._parts) > self._open_parts:
-                self._parts.popitem(last=False)
+            _CACHES.add(self)
+            given_up = _share_out()
+        del given_up  # here, for closing may take a while
         return opened
+
+    def _shrink(self, parts: int) -> list[_OpenPart]:
+        """Under the lock: forget all open parts but so many."""
+        return [self._parts.popitem(last=False)[1] for _ in range(len(self._parts) - parts)]
 
     def _prepare(self, part: Part) -> _OpenPart:
         plan, receipt = self.plan, self.receipt(part)
-        windows = plan.part_windows(part)
         kmer_id, mask, reverse = self.seen(part)
-        if not (mask.sum(axis=1) == plan.windows.masked).all():
+        masked = np.bitwise_count(np.packbits(mask, axis=1)).sum(axis=1)
+        if not (masked == plan.windows.masked).all():
             raise CacheCorrupt(
                 f"{self.path}: part {part}: a window without exactly {plan.windows.masked} masked "
                 f"groups, as the plan says; {_remedy(self.path)}"
             )
-        shards = [
-            _Shard.open(
-                self.path,
-                part.shard_key(signal),
-                self._open_object,
-                signal,
-                receipt.objects[part.shard_key(signal)],
-                windows=windows,
-                part=plan.part,
-            )
+        value, *scales = (
+            self._rows(part, signal, receipt.objects[part.shard_key(signal)])
             for signal in plan.signals
-        ]
-        scale = shards[1].read_all(check=self._check) if len(shards) > 1 else None
-        if scale is not None and not (np.isfinite(scale) & (scale > 0)).all():
+        )
+        scale = scales[0].read_all(check=self._check != "never") if scales else None
+        # Of float16, the bits of all finite positive numbers and of no others lie between these.
+        if scale is not None and not (
+            scale.view(np.uint16).min() > 0 and scale.view(np.uint16).max() < _INFINITE
+        ):
             raise CacheCorrupt(
                 f"{self.path}: part {part}: a scale that is not finite and positive; "
                 f"{_remedy(self.path)}"
@@ -413,30 +543,115 @@ class Cache:
             kmer_id=kmer_id,
             mask=mask,
             reversed=reverse,
-            value=shards[0],
+            value=value,
             scale=scale,
         )
 
-    def _due(self, part: Part, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_] | None:
-        """Which rows of a part must be checked now, by row; None for none."""
+    @cached_property
+    def _passing(self) -> frozenset[str]:
+        """Splits whose shards the page cache shall not keep: what is read from start to end and too
+        long to be there at the next turn would only push out what others have in memory."""
+        stride = self.plan.signals[0].stride
+        nbytes = {name: split.windows * stride for name, split in self.plan.splits.items()}
+        if self._direct or max(nbytes.values()) < _SOON_READ:
+            return frozenset()
+        half = memory_nbytes() // 2
+        return frozenset(name for name in nbytes if nbytes[name] > half)
+
+    @cached_property
+    def _open_passing(self) -> int:
+        """Parts kept open of which some pass: about as much as a fourth of memory holds."""
+        shard = self.plan.part * self.plan.signals[0].stride
+        return min(_OPEN_PARTS, max(_OPEN_PASSING, memory_nbytes() // 4 // shard))
+
+    def _rows(self, part: Part, signal: Signal, record: ShardRecord) -> Rows:
+        """The rows of one signal of a part."""
+        if self._store is not None:
+            name = f"{part.split}/{part.view}/{signal.path}"
+            first = part.number * self.plan.part
+            return ZarrRows(self._store, name, signal, record.crcs(), first)
+        key = part.shard_key(signal)
+        try:
+            fd = self._open_object(key)
+        except OSError as error:
+            raise self._wrong(key, f"cannot be opened ({error.strerror})") from error
+        streamed = signal is self.plan.signals[0]
+        return Shard.open(
+            self.path / key,
+            fd,
+            signal,
+            record,
+            windows=self.plan.part_windows(part),
+            part=self.plan.part,
+            direct=self._direct and streamed,
+            passing=part.split in self._passing and streamed,
+            wrong=lambda found: self._wrong(key, found),
+        )
+
+    def _due(self, part: Part, first: int, last: int) -> Due | None:
+        """Which of some rows of a part must be checked now; None for none."""
         if self._check == "never":
             return None
-        done = self._checked.setdefault(part, np.zeros(self.plan.part, dtype=np.bool_))
         if self._check == "always":
-            return np.ones_like(done)
-        return None if done[rows].all() else ~done
+            return np.ones(last - first, dtype=np.bool_)
+        done = self._checked.setdefault(part, np.zeros(self.plan.part_windows(part), np.bool_))
+        if done is None or done[first:last].all():
+            return None
+        return ~done[first:last]
+
+    def _set_checked(self, part: Part, first: int, last: int) -> None:
+        done = self._checked.get(part)
+        if done is not None:
+            done[first:last] = True
+            if done.all():
+                self._checked[part] = None
 
     def _kmer_chunk(self, split: str, number: int) -> npt.NDArray[np.uint16]:
-        shape = (self.plan.part, self.plan.windows.kmers)
-        key = f"{DATA}/{split}/kmer_id/c/{number}/0"
-        chunk = self._chunk(key, "uint16", shape)[: self.rows(split) - number * self.plan.part]
+        array = f"{split}/kmer_id"
+        chunk = self._planned(array, number, "uint16", (self.plan.windows.kmers,))
         largest = int(chunk.max())
         if largest >= KMERS:
             raise CacheCorrupt(
-                f"{self.path}: {key} holds a k-mer id of {largest:,}, expected less than "
-                f"{KMERS:,}; {_remedy(self.path)}"
+                f"{self.path}: {_chunk_key(array, number, 1)} holds a k-mer id of {largest:,}, "
+                f"expected less than {KMERS:,}; {_remedy(self.path)}"
             )
         return chunk
+
+    def _planned(
+        self, array: str, number: int, dtype: str, window: tuple[int, ...]
+    ) -> npt.NDArray[Any]:
+        """A part's rows of an array that was written when the cache was planned."""
+        whole = self.plan.part
+        rows = self.rows(array.partition("/")[0])
+        first, last = number * whole, min((number + 1) * whole, rows)
+        if self._store is None:
+            key = _chunk_key(array, number, len(window))
+            return self._chunk(key, dtype, (whole, *window))[: last - first]
+        signal = Signal(array, dtype, window)
+        with self._planning:
+            if array not in self._planned_crcs:
+                self._planned_crcs[array] = self._hold_against_plan(self._store, signal, rows)
+        values = self._store.rows(array, first, last, signal)
+        if crc32c.crc32c(values.data.cast("B")) != self._planned_crcs[array][number]:
+            raise CacheCorrupt(
+                f"{self.path}: {DATA}/{array} has changed since it was first read; start again"
+            )
+        return values
+
+    def _hold_against_plan(self, store: ZarrStore, signal: Signal, rows: int) -> list[int]:
+        """Read a whole array once, a part at a time; the CRC of each part of what it holds."""
+        digest, crcs = hashlib.sha256(), []
+        for first in range(0, rows, self.plan.part):
+            last = min(first + self.plan.part, rows)
+            values = store.rows(signal.path, first, last, signal).data.cast("B")
+            digest.update(values)
+            crcs.append(crc32c.crc32c(values))
+        if digest.hexdigest() != self.plan.contents.get(signal.path):
+            raise CacheCorrupt(
+                f"{self.path}: {DATA}/{signal.path} is not what the plan says: a chunk is missing "
+                "or damaged, or values were changed; lay the store out anew from a sound cache"
+            )
+        return crcs
 
     def _chunk(self, key: str, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """A whole plan-time chunk: [bytes, crc32c]."""
@@ -462,8 +677,8 @@ class Cache:
 
     def _open_object(self, key: str) -> int:
         """A descriptor of one object, to be closed by the caller; raises as door.open_object."""
-        if self._opener is not None:
-            return self._opener(key)
+        if self.mirror is not None:
+            return self.mirror.open(key)
         return open_object(self.path, key)
 
     def _object(self, key: str, *, limit: int) -> bytes:
@@ -471,12 +686,17 @@ class Cache:
         try:
             raw = read_opened(self._open_object(key), self.path / key, limit=limit)
         except FileNotFoundError:
-            raise CacheCorrupt(f"{self.path}: {key} is missing; {_remedy(self.path)}") from None
+            raise self._wrong(key, "is missing") from None
+        except CacheRefused:
+            if self._laid_out_anew(key):
+                raise self._wrong(key, "is longer than it was") from None
+            raise
         except OSError as error:
             raise CacheCorrupt(
                 f"{self.path}: {key} cannot be read ({error.strerror}); {_remedy(self.path)}"
             ) from error
-        if self._manifest is not None:
+        # Another tool that lays a store out anew writes the group's metadata anew, too.
+        if self._manifest is not None and not (self._store and key.startswith(f"{DATA}/")):
             self._compare(key, hashlib.sha256(raw).hexdigest())
         return raw
 
@@ -485,10 +705,62 @@ class Cache:
         assert self._manifest is not None
         expected = self._manifest.objects[key].sha256
         if found != expected:
-            raise CacheCorrupt(
-                f"{self.path}: {key}: SHA-256 is {found[:12]}..., the manifest says "
-                f"{expected[:12]}...; {_remedy(self.path)}"
+            raise self._wrong(
+                key, f"SHA-256 is {found[:12]}..., the manifest says {expected[:12]}...", sep=": "
             )
+
+    def _wrong(self, key: str, found: str, *, sep: str = " ") -> CacheError:
+        """The error for an object that is not as it was written."""
+        if self._laid_out_anew(key):
+            return CacheRefused(
+                f"{self.path}: {key}{sep}{found}, and its array's metadata is not what was "
+                f"written: another tool has laid {DATA} out anew. If you trust who did, for codecs "
+                "of others then decode what it holds, read it with `--through-zarr` "
+                "(in Python: through_zarr=True); its windows are still held against their receipts"
+            )
+        return CacheCorrupt(f"{self.path}: {key}{sep}{found}; {_remedy(self.path)}")
+
+    def _laid_out_anew(self, key: str) -> bool:
+        """Whether an object's array has other metadata than was written, yet such as Zarr reads."""
+        array, inside, _ = key.removeprefix(f"{DATA}/").rpartition("/c/")
+        if self._manifest is None or self.mirror is not None or not inside:
+            return False
+        for name in ("zarr.json", ".zarray"):
+            metadata = f"{DATA}/{array}/{name}"
+            try:
+                raw = read_object(self.path, metadata, limit=_LARGEST_ATTRIBUTES)
+                shape = json.loads(raw)["shape"]
+            except (OSError, CacheRefused, ValueError, LookupError, TypeError, RecursionError):
+                continue
+            written = self._manifest.objects.get(metadata)
+            if isinstance(shape, list) and (
+                written is None or hashlib.sha256(raw).hexdigest() != written.sha256
+            ):
+                return True
+        return False
+
+
+_OPEN = threading.Lock()
+_CACHES: weakref.WeakSet[Cache] = weakref.WeakSet()
+"""Those that have open parts, or had."""
+
+
+def _share_out() -> list[_OpenPart]:
+    """Under the lock: leave each cache its share of what all caches may have open; the rest."""
+    caches = [cache for cache in _CACHES if cache._parts]
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        files = 1 << 20
+    given_up = []
+    for cache in caches:
+        # One file a part; half of what a process may have is left to everybody else.
+        share = min(
+            _OPEN_PARTS if not cache._passing else cache._open_passing,
+            files // 2 // len(caches),
+            _OPEN_NBYTES // len(caches) // cache._open_nbytes,
+        )
+        given_up += cache._shrink(max(1, share))
+    return given_up
 
 
 def check_receipt(cache: Path, plan: Plan, part: Part, receipt: Receipt) -> None:
@@ -573,114 +845,13 @@ def _short(text: str) -> int:
     return int(text)
 
 
+def _chunk_key(array: str, number: int, inner: int) -> str:
+    """A chunk of an array that was written when the cache was planned, with so many more axes."""
+    return f"{DATA}/{array}/c/{number}" + "/0" * inner
+
+
 def _inside(rows: npt.NDArray[np.int64], count: int) -> bool:
     return len(rows) == 0 or bool(rows.min() >= 0 and rows.max() < count)
-
-
-def _runs(values: npt.NDArray[np.int64], *, step: int) -> list[tuple[int, int]]:
-    """Slices of an ascending array in which neighbours differ by exactly `step`."""
-    if len(values) == 0:
-        return []
-    breaks = np.flatnonzero(np.diff(values) != step) + 1
-    edges = [0, *breaks.tolist(), len(values)]
-    return list(itertools.pairwise(edges))
-
-
-class _Shard:
-    """One shard object: an open file whose rows lie one after another."""
-
-    def __init__(self, path: Path, signal: Signal, crc: npt.NDArray[np.uint32], fd: int) -> None:
-        self.path = path
-        self.signal = signal
-        self.crc = crc
-        self._fd = fd
-
-    def __del__(self) -> None:
-        # Closed by the last user, not by the list of open parts: a thread may still be reading.
-        os.close(self._fd)
-
-    @classmethod
-    def open(
-        cls,
-        cache: Path,
-        key: str,
-        opener: Callable[[str], int],
-        signal: Signal,
-        record: ShardRecord,
-        *,
-        windows: int,
-        part: int,
-    ) -> _Shard:
-        """Open a shard; its length and index must be what the plan says."""
-        try:
-            fd = opener(key)
-        except OSError as error:
-            raise CacheCorrupt(
-                f"{cache}: {key} cannot be opened ({error.strerror}); {_remedy(cache)}"
-            ) from error
-        shard = cls(cache / key, signal, record.crcs(), fd)
-        nbytes = os.fstat(fd).st_size
-        expected = shard_nbytes(signal, windows=windows, part=part)
-        if nbytes != expected:
-            raise CacheCorrupt(
-                f"{cache}: {key} has {nbytes:,} bytes, expected {expected:,}; {_remedy(cache)}"
-            )
-        index = shard_index(signal, windows=windows, part=part).tobytes()
-        index += crc32c.crc32c(index).to_bytes(CRC_NBYTES, "little")
-        if os.pread(fd, len(index), windows * signal.stride) != index:
-            raise CacheCorrupt(
-                f"{cache}: {key}: its index does not hold {windows:,} windows in row order; "
-                f"{_remedy(cache)}"
-            )
-        return shard
-
-    def read(
-        self, first: int, targets: list[memoryview], due: npt.NDArray[np.bool_] | None
-    ) -> None:
-        """Rows `first` on, one into each target; those that are `due` held against their CRC."""
-        stride, skipped = self.signal.stride, bytearray(CRC_NBYTES)
-        for begin in range(0, len(targets), _ROWS_A_CALL):
-            some = targets[begin : begin + _ROWS_A_CALL]
-            buffers: list[Any] = []
-            for target in some:
-                buffers += (target, skipped)
-            offset = (first + begin) * stride
-            try:
-                if os.preadv(self._fd, buffers, offset) != len(some) * stride:
-                    for row, target in enumerate(some):
-                        self._read_slowly(target, offset + row * stride)
-            except OSError as error:
-                raise CacheCorrupt(
-                    f"{self.path}: cannot be read ({error.strerror}); copy it again, from a disk "
-                    "that works"
-                ) from error
-        if due is None:
-            return
-        for place in np.flatnonzero(due[first : first + len(targets)]).tolist():
-            row = first + place
-            if crc32c.crc32c(targets[place]) != self.crc[row]:
-                raise CacheCorrupt(
-                    f"{self.path}: window {row} of this shard is not what its receipt says "
-                    "(wrong CRC32C: damaged, or another shard's); "
-                    "`had-pipe cache verify` finds all damage"
-                )
-
-    def read_all(self, *, check: Check) -> npt.NDArray[Any]:
-        """Every row of a small shard."""
-        rows = np.empty((len(self.crc), *self.signal.window), dtype=self.signal.dtype)
-        every = np.arange(len(rows))
-        due = None if check == "never" else np.ones(len(rows), dtype=np.bool_)
-        self.read(0, _row_views(rows, every), due)
-        return rows
-
-    def _read_slowly(self, target: memoryview, offset: int) -> None:
-        """A row that one call did not bring whole: a signal came, or the file shrank."""
-        done = 0
-        while done < len(target):
-            got = os.preadv(self._fd, [target[done:]], offset + done)
-            if got == 0:
-                raise CacheCorrupt(f"{self.path}: became shorter while it was read; copy it again")
-            done += got
 
 
 @dataclass(frozen=True)
@@ -690,26 +861,5 @@ class _OpenPart:
     kmer_id: npt.NDArray[np.uint16]
     mask: npt.NDArray[np.bool_]
     reversed: npt.NDArray[np.bool_]
-    value: _Shard
+    value: Rows
     scale: npt.NDArray[np.float16] | None
-
-    def read_values(
-        self,
-        rows: npt.NDArray[np.int64],
-        places: npt.NDArray[np.int64],
-        out: npt.NDArray[Any],
-        due: npt.NDArray[np.bool_] | None,
-    ) -> None:
-        """Neighbouring rows of the part to their places in `out`."""
-        assert out.dtype == self.value.signal.dtype
-        assert out.shape[1:] == self.value.signal.window
-        targets = _row_views(out, places)
-        self.value.read(int(rows[0]), targets, due)
-
-
-def _row_views(array: npt.NDArray[Any], rows: npt.NDArray[np.int64]) -> list[memoryview]:
-    """The bytes of some rows of an array, writable in place."""
-    assert array.flags.c_contiguous
-    flat = array.reshape(-1).view(np.uint8).data
-    nbytes = array[0].nbytes
-    return [flat[row * nbytes : (row + 1) * nbytes] for row in rows.tolist()]
