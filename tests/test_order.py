@@ -23,7 +23,7 @@ from small_cache import build_cache
 from had_pipe.cache import Cache
 from had_pipe.draws import Purpose, permutation
 from had_pipe.errors import RecipeError
-from had_pipe.order import ORDER_VERSION, Corpus, Mix, Need, Order
+from had_pipe.order import ORDER_VERSION, Corpus, Mix, Need, Order, _Epoch
 from had_pipe.stream import Stream
 
 corpora = st.lists(
@@ -415,6 +415,23 @@ def test_what_comes_is_told_without_making_a_list_of_it() -> None:
 
 
 # Memory and threads
+
+
+def test_places_are_computed_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    real = _Epoch.numbers
+
+    def watched(self: _Epoch, first: int, end: int) -> Any:
+        computed.append(end - first)
+        return real(self, first, end)
+
+    monkeypatch.setattr(_Epoch, "numbers", watched)
+    order = Order([Corpus(100_000, 1024)], seed=1)
+    for first in range(0, 200_000, 256):
+        order.at(first, 256)
+    # A last batch may reach into a third epoch.
+    assert len(computed) <= 9
+    assert sum(computed[:8]) == 200_000
 
 
 def order_threads() -> list[threading.Thread]:
