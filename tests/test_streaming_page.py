@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -141,6 +145,56 @@ def test_lightning_trains_and_goes_on(names: dict[str, Any]) -> None:
     fit()
     fit(ckpt_path="saved/step=4.ckpt")
     assert read == [*range(7), *range(4, 7)]
+
+
+def in_processes(
+    words: list[str], headings: list[str], last: str, *, change: str = ""
+) -> list[Any]:
+    """What two processes that run some sections say in the end, as JSON."""
+    text = "\n".join(block for heading in headings for block in SECTIONS[heading])
+    if change:
+        assert "lightning.Trainer(" in text
+        text = text.replace("lightning.Trainer(", f"lightning.Trainer({change}, ")
+    Path("script.py").write_text(f"{text}\nimport json\nprint('said', json.dumps({last}))\n")
+    done = subprocess.run(
+        [sys.executable, *words, "script.py"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in re.findall(r"^said (.*)$", done.stdout, flags=re.M)]
+    assert len(said) == 2
+    return said
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_share_every_batch() -> None:
+    said = in_processes(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        [FIRST, "A training loop", "With accelerate"],
+        "[batch.position, [[s.epoch, r] for s in batch.spans for r in s.row.tolist()]]",
+    )
+    with Stream(["cache/demo"], batch=32, seed=0, start=9) as stream:
+        whole = windows_of(next(stream))
+    assert [position for position, _ in said] == [9, 9]
+    assert [len(windows) for _, windows in said] == [16, 16]
+    assert Counter((epoch, row) for _, windows in said for epoch, row in windows) == whole
+
+
+@pytest.mark.slow
+def test_two_processes_of_lightning_learn_as_one() -> None:
+    said = in_processes(
+        [],
+        [FIRST, "A training loop", "As a data set of PyTorch", "With Lightning"],
+        "[trainer.global_rank, trainer.world_size, trainer.global_step,"
+        " [float(p.sum()) for p in student.parameters()]]",
+        change="accelerator='cpu', devices=2, strategy='ddp'",
+    )
+    assert sorted(rank for rank, *_ in said) == [0, 1]
+    assert said[0][1:] == said[1][1:]
+    assert said[0][1:3] == [2, 10]
 
 
 class _Quiet(SimpleHTTPRequestHandler):
