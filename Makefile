@@ -1,5 +1,6 @@
 # make demo   a real genome in, a cache, a student, a page: minutes on two cores
 # make test   the test suite; test-slow, lint, types, docs, clean
+# make bench-stream   what stage two reads, against the hardware; bench-peers: against other loaders
 #
 # The first target that needs it makes .venv from constraints.txt. PYTHON=... chooses the Python.
 
@@ -7,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types docs clean
+.PHONY: help demo test test-slow lint types docs bench-stream bench-peers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,6 +17,9 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 RECIPE := pipelines/demo/demo.toml
 PYTEST_ARGS ?=
+# BENCH=--full takes twenty minutes and belongs on a machine with nothing else to do.
+BENCH ?= --quick
+PEERS := .venv-peers-zarr/.installed .venv-peers-torch/.installed .venv-peers-mds/.installed
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -77,6 +81,33 @@ types: $(INSTALLED)
 docs: $(DOCS_INSTALLED)
 	$(BIN)/mkdocs build --strict
 
+bench-stream: $(INSTALLED)
+	$(BIN)/python benchmarks/stream.py $(BENCH) --json --only local wait remote growth
+
+bench-peers: $(INSTALLED) $(PEERS)
+	$(BIN)/python benchmarks/stream.py $(BENCH) --json --only peers
+
+# Loaders that cannot live together, or not with us. zarr-python 3.4 needs Python 3.12 or later;
+# where there is none, `make bench-peers` goes on without that environment, and says so.
+.venv-peers-%/.installed: benchmarks/peers/requirements-%.txt
+	@python=; \
+	case $* in zarr) lowest=12;; *) lowest=11;; esac; \
+	for candidate in $(PEERS_PYTHON) python3.11 python3.12 python3.13 python3 \
+	    $(wildcard $(HOME)/.pyenv/versions/3.1[123].*/bin/python3); do \
+	  if [ -z "$$python" ] && "$$candidate" -c "import sys; sys.exit(not \
+	      (3, $$lowest) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null; then \
+	    python="$$candidate"; \
+	  fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "make: the peers of $* need Python 3.$$lowest to 3.13; none was found: name it," \
+	    "make bench-peers PEERS_PYTHON=/path/to/python3.12" >&2; \
+	  exit 0; \
+	fi; \
+	"$$python" -m venv .venv-peers-$*; \
+	.venv-peers-$*/bin/python -m pip install --quiet --requirement $<; \
+	touch $@
+
 # What was computed stays: caches and runs are removed by hand.
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-peers-* build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,63 +1,91 @@
 """How fast shuffled batches leave a cache, against other ways to read the same bytes.
 
     python benchmarks/stream.py [--quick | --full] [--json] [--folder DIR] [--threads N]
+        [--cache CACHE] [--only SECTION ...] [--peers NAME ...] [--soak [SECONDS]]
 
 A cache of the shape NT-v2-500M makes of 1,020-base windows (144 visible groups, 1,024 channels,
-int8) is built in a temporary folder. First the batches are checked: every window once an epoch,
-equal to what zarr-python reads and to NumPy's decoding. Then rounds of
+int8) is built in a temporary folder; --cache takes one that is there, the demo's for example. First
+the batches are checked: every window once an epoch, equal to what zarr-python reads and to NumPy's
+decoding. Then come five sections, each of interleaved rounds:
 
-    raw read            the shard files from end to end, `preadv` into reused batch buffers
-    memcpy              the same bytes from memory to memory
-    stream              shuffled batches as stored, CRC on first touch (all touched before)
-    stream, always      the same, CRC at every read, as in the first epoch of a run
-    stream, decoded     the same, decoded to float32 on the CPU (a GPU does this in training)
-    np.memmap           np.take of the same rows from one flat file into a reused buffer
-    zarr-python         the same rows through its array API, a slice for each run of neighbours
-                        (its orthogonal selection of the same rows was ten times slower)
+local    against the hardware, in batches of 256 and of 1,024, from the page cache (warm) and not
+         (cold: the kernel is told to forget the files before every pass, and what it still holds
+         is told; below it a hypervisor may hold them all the same):
+           raw read        the shard files from end to end, `preadv` into reused batch buffers
+           memcpy          the same bytes from memory to memory
+           np.memmap       np.take of the same rows from one flat file
+           stream          shuffled batches as stored, CRC on first touch (all touched before)
+           stream, always  CRC at every read, as in the first epoch of a run
+           stream, never   no CRC
+           stream, decoded to float32 on the CPU (a GPU does this in training)
+         All have the same threads and read into as many buffers of the same size, in turn.
+peers    against other loaders on the same windows, each as its own documentation recommends, in a
+         process and an environment of its own (benchmarks/peers; `make bench-peers` makes them
+         all): a peer proves itself by one epoch held by CRC; then its epochs and the stream's take
+         turns. An epoch begins when its first batch is asked for, workers and files being ready;
+         the stream, which knows no pause between epochs, has its second one timed, with as much
+         read ahead when it ends as when it began.
+wait     the share of training steps of the default student spent waiting for data, and the same
+         steps on a batch that lies in memory; on the CPU, and on a GPU where there is one
+remote   the cache behind a link with 20 ms to every answer, as fast as the loopback and of
+         2 Gbit/s: plain GETs of the same objects over 4 connections, the stream's first epoch
+         and its second
+growth   seconds a batch from caches of 1, 10 and 100 shards
 
-are interleaved; a stream's time begins when it runs at its steady pace. Every figure is the median
-over rounds, every ratio the median of the rounds' own ratios. All read from the page cache: this
-measures software, not a disk. Each contender has the same threads, except that np.memmap has one
-and zarr-python its own pool. At last a student trains for some steps, for the share of its time
-that it waits for data.
+--soak streams for SECONDS (480) and fits a line to the memory that the process holds.
+
+Every rate is the median over rounds, every ratio the median of the rounds' own ratios. CPU seconds
+are those of the process with its threads and children.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
+import itertools
 import json
 import os
 import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import against_peers
 import numpy as np
+import numpy.typing as npt
 import torch
 import zarr
+from against_peers import HEAD, PeerFailed, PeerProcess, Windows
+from measuring import Clock, Pass, commit, evict, machine, ratios, resident, rounds, summary
+from stream_report import text
+from synthetic import build
 
 import had_pipe
-from had_pipe.cache import Cache, integrity, writer
-from had_pipe.cache.codec import Statistics
+from had_pipe.cache import Cache, open_cache
 from had_pipe.cache.layout import Part
-from had_pipe.dna import kmers
 from had_pipe.objectives import HADObjective
-from had_pipe.stream import Stream
+from had_pipe.stream import Batch, Stream
 from had_pipe.students import HADConfig, HADModel, spell
 
-KMERS, MASKED, CHANNELS = 170, 26, 1024
-VISIBLE = KMERS - MASKED
-WINDOW_NBYTES = VISIBLE * CHANNELS
-AHEAD = 4
-"""Batches a stream reads before its time is taken: no more than it reads ahead at any time."""
+SECTIONS = ("local", "peers", "wait", "remote", "growth")
+PREFETCH = 256 << 20
+"""What a stream may read ahead, its default; so many buffers have all the others too."""
+DECODED_NBYTES = 1 << 28
+"""As stored: what a pass of decoding on the CPU reads, which is slow."""
+LATENCY = 0.02
+RATE = 250e6
+"""Of the slower link, bytes a second."""
+CONNECTIONS = 4
 
 
 @dataclass(frozen=True)
@@ -65,330 +93,639 @@ class Size:
     windows: int
     part: int
     rounds: int
-    batch: int
-    zarr_batches: int
-    """zarr-python reads so many batches a round: it would take all the time."""
+    cold_rounds: int
+    pass_nbytes: float
+    """A warm pass reads at least so much, if need be in several epochs."""
+    peer_rounds: int
+    peer_seconds: float
+    """A peer's pass takes about so long at most; one slower reads less than an epoch."""
+    wait_batch: int
     steps: int
+    wait_rounds: int
+    remote_rounds: int
+    growth_rounds: int
 
 
-QUICK = Size(windows=2048, part=256, rounds=5, batch=256, zarr_batches=1, steps=3)
-FULL = Size(windows=16_384, part=1024, rounds=9, batch=256, zarr_batches=4, steps=16)
+QUICK = Size(
+    windows=4096,
+    part=512,
+    rounds=5,
+    cold_rounds=2,
+    pass_nbytes=6e8,
+    peer_rounds=3,
+    peer_seconds=1.0,
+    wait_batch=4,
+    steps=3,
+    wait_rounds=2,
+    remote_rounds=1,
+    growth_rounds=5,
+)
+FULL = Size(
+    windows=16_384,
+    part=1024,
+    rounds=9,
+    cold_rounds=5,
+    pass_nbytes=2.4e9,
+    peer_rounds=5,
+    peer_seconds=5.0,
+    wait_batch=16,
+    steps=8,
+    wait_rounds=5,
+    remote_rounds=3,
+    growth_rounds=15,
+)
 
 
-def build(folder: Path, *, windows: int, part: int) -> Path:
-    """A sealed cache of random numbers, of the real shape."""
-    rng = np.random.default_rng(0)
-    kmer_id = rng.integers(0, kmers.KMERS, (windows, KMERS), dtype=np.uint16)
-    settings: dict[str, Any] = {"seed": 0, "view": 0, "first": 0, "windows": windows}
-    mask = kmers.group_masks(**settings, kmers=KMERS, masked=MASKED)
-    index = np.arange(windows)
-    zeros = np.zeros(windows, dtype=np.int32)
-    table = writer.WindowTable(
-        genome=zeros,
-        contig=zeros,
-        contigs=["random"],
-        start=index * KMERS * kmers.K,
-        soft_masked_bases=zeros,
-        index=index,
-    )
-    described = {
-        "format": "had-cache/1",
-        "genomes": [
-            {
-                "name": "random",
-                "digest": "0" * 32,
-                "contigs": 1,
-                "bases": windows * KMERS * kmers.K,
-                "splits": None,
-                "include": None,
-                "exclude": None,
-                "sensitive": False,
-            }
-        ],
-        "windows": {
-            "bases": KMERS * kmers.K,
-            "stride": KMERS * kmers.K,
-            "kmers": KMERS,
-            "masked": MASKED,
-            "mask_ratio": 0.15,
-            "stored": VISIBLE,
-            "store": "visible",
-            "views": 1,
-            "reverse_complement": 0.5,
-            "seed": 0,
-            "algorithm": 1,
-        },
-        "part": part,
-        "teacher": {
-            "name": "random numbers",
-            "revision": None,
-            "weights_sha256": "0" * 64,
-            "layer": -1,
-            "input": "masked",
-            "channels": CHANNELS,
-            "dtype": "float32",
-            "licence": "CC0-1.0",
-        },
-        "codec": "int8",
-        "licence": "CC0-1.0",
-        "licence_reason": None,
-    }
-    plan = writer.create(
-        folder,
-        described=described,
-        splits={
-            "train": writer.SplitData(
-                table=table,
-                kmer_id=kmer_id,
-                mask={0: mask},
-                reversed={0: kmers.strand_flips(**settings, probability=0.5)},
-            )
-        },
-        statistics=Statistics(
-            mean=rng.normal(size=CHANNELS).astype(np.float32),
-            std=rng.uniform(0.5, 2, size=CHANNELS).astype(np.float32),
-        ),
-        fidelity={},
-    )
-    for place in plan.parts():
-        rows = plan.part_windows(place)
-        shape = (rows, VISIBLE, CHANNELS)
-        with writer.PartWriter(folder, plan, place, numerics={"device": "none"}) as opened:
-            opened.append(
-                rng.integers(-127, 128, shape, dtype=np.int8),
-                rng.uniform(0.005, 0.02, shape[:2]).astype(np.float16),
-            )
-            opened.sync()
-            opened.commit()
-    integrity.seal(folder)
-    return folder
+class Bench:
+    """A cache, the same windows in one flat file, and what every section asks of them."""
+
+    def __init__(self, cache: Cache, folder: Path, *, threads: int) -> None:
+        self.cache, self.folder, self.threads = cache, folder, threads
+        self.windows = cache.rows("train")
+        self.window = tuple(cache.plan.signals[0].window)
+        self.dtype = np.dtype(cache.plan.signals[0].dtype)
+        self.window_nbytes = cache.plan.signals[0].nbytes
+        self.flat = folder / "flat.bin"
+        with self.flat.open("wb") as file:
+            for first in range(0, self.windows, 256):
+                rows = np.arange(first, min(first + 256, self.windows))
+                # Every window is touched here, so that the first touch is over.
+                block = cache.allocate(len(rows))
+                cache.read("train", 0, rows, block)
+                file.write(block.value.tobytes())
+
+    @property
+    def nbytes(self) -> int:
+        return self.windows * self.window_nbytes
+
+    @property
+    def shards(self) -> list[Path]:
+        value = self.cache.plan.signals[0]
+        numbers = range(-(-self.windows // self.cache.plan.part))
+        return [self.cache.path / Part("train", 0, n).shard_key(value) for n in numbers]
+
+    def rows(self, batch: int) -> list[npt.NDArray[np.int64]]:
+        """The rows of each batch of the first epoch, as the stream reads them."""
+        with self.stream(self.cache, batch) as stream:
+            spans = [stream.spans(position) for position in range(self.windows // batch)]
+        return [np.concatenate([span.row for span in some]) for some in spans]
+
+    def stream(self, cache: Cache, batch: int) -> Stream:
+        return Stream([cache], batch=batch, seed=0, threads=self.threads, prefetch=PREFETCH)
 
 
-def check(cache: Cache, *, batch: int) -> None:
+def check(bench: Bench, *, batch: int) -> None:
     """Stop unless the batches are right; what is fast and wrong is not worth timing."""
+    cache = bench.cache
     root = zarr.open_group(cache.path / "data.zarr", mode="r")
-    value, scale = (root[f"train/0/embedding/{name}"] for name in ("value", "scale"))
-    windows = cache.rows("train")
-    with Stream([cache], batch=batch, seed=0) as stream:
-        places = [stream.spans(position) for position in range(windows // batch)]
-        rows = np.concatenate([span.row for spans in places for span in spans])
-        assert windows % batch == 0
-        assert np.array_equal(np.sort(rows), np.arange(windows))
+    value, *scale = (root[f"train/0/{signal.path}"] for signal in cache.plan.signals)
+
+    def taken(array: Any, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+        return np.concatenate([array[int(run[0]) : int(run[-1]) + 1] for run in runs])
+
+    rows = np.concatenate(bench.rows(batch))
+    assert len(np.unique(rows)) == len(rows) == bench.windows // batch * batch
+    with bench.stream(cache, batch) as stream:
         for read in islice(stream, 2):
             row = read.spans[0].row
-            stored = value.oindex[row].astype(np.float32)
-            stored *= scale.oindex[row].astype(np.float32)[..., None]
+            stored = taken(value, row)
+            scales = taken(scale[0], row) if scale else None
+            expected = cache.codec.decode(stored, scales, cache.mean, cache.std, space="raw")
+            if cache.plan.codec == "int8":
+                assert scales is not None
+                expected = stored.astype(np.float32) * scales.astype(np.float32)[..., None]
+                expected = expected * cache.std + cache.mean
             np.testing.assert_allclose(
-                read.target.numpy(), stored * cache.std + cache.mean, rtol=1e-5, atol=1e-5
+                read.target.numpy()[: len(row)], expected, rtol=1e-5, atol=1e-5
             )
 
 
-class Contenders:
-    """Each reads an epoch of windows, or what it is given, and tells its bytes a second."""
+class Local:
+    """Each reads the windows, warm so often that it takes a while, and tells what it did."""
 
-    def __init__(self, cache: Cache, folder: Path, *, size: Size, threads: int) -> None:
-        self._size, self._threads = size, threads
-        plan = cache.plan
-        shards = [
-            cache.path / Part("train", 0, number).shard_key(plan.signals[0])
-            for number in range(-(-size.windows // size.part))
-        ]
-        self._files = [os.open(path, os.O_RDONLY) for path in shards]
-        self._pool = ThreadPoolExecutor(threads)
-        shape = (size.batch, VISIBLE, CHANNELS)
-        # All write into memory of one batch a thread, as the stream does.
-        self._buffers = [np.zeros(shape, dtype=np.int8) for _ in range(threads)]
-        with Stream([cache], batch=size.batch, seed=0) as stream:
-            self._rows = [
-                stream.spans(position)[0].row for position in range(size.windows // size.batch)
-            ]
-        self._first = Cache.open(cache.path)
-        self._always = Cache.open(cache.path, check="always")
-        flat = folder / "flat.bin"
-        with flat.open("wb") as file:
-            for first in range(0, size.windows, size.batch):
-                # Every window is touched here, so that the first touch is over.
-                block = self._first.allocate(size.batch)
-                rows = np.arange(first, first + size.batch)
-                self._first.read("train", 0, rows, block)
-                file.write(block.value.tobytes())
-        self._flat = np.memmap(flat, dtype=np.int8, mode="r", shape=(size.windows, *shape[1:]))
-        self._source = np.fromfile(flat, dtype=np.int8, count=size.windows // 4 * WINDOW_NBYTES)
-        self._zarr: Any = zarr.open_array(
-            cache.path / "data.zarr/train/0/embedding/value", mode="r"
-        )
-        rows = self._rows[0]
-        self.zarr_python()
-        last = self._rows[size.zarr_batches - 1]
-        assert np.array_equal(self._buffers[0], self._flat[last])
-        assert np.array_equal(self._zarr.oindex[rows[:4]], self._flat[rows[:4]])
+    def __init__(self, bench: Bench, *, batch: int, epochs: int) -> None:
+        self._bench, self._batch, self._epochs = bench, batch, epochs
+        self._threads = bench.threads
+        self._rows = bench.rows(batch) * epochs
+        self._shape = (batch, *bench.window)
+        self._dtype = bench.dtype
+        self.buffer_nbytes = batch * bench.window_nbytes
+        self.buffers = max(2, bench.threads, PREFETCH // self.buffer_nbytes)
+        self._buffers = [np.zeros(self._shape, dtype=self._dtype) for _ in range(self.buffers)]
+        self._pool = ThreadPoolExecutor(self._threads)
+        source = min(bench.nbytes // 4, 1 << 29) // self.buffer_nbytes
+        self._source = np.fromfile(
+            bench.flat, dtype=self._dtype, count=max(1, source) * int(np.prod(self._shape))
+        ).reshape(-1, *self._shape)
+        self._opened = {
+            how: bench.cache if how == "first" else Cache.open(bench.cache.path, check=how)
+            for how in ("first", "always", "never")
+        }
+        taken = self._buffers[0]
+        np.take(self._flat(), self._rows[0], axis=0, out=taken, mode="clip")
+        with bench.stream(self._opened["always"], batch) as stream:
+            (block,) = next(stream.blocks())
+            assert np.array_equal(block.value, taken)
 
-    def raw_read(self) -> float:
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def warm(self) -> dict[str, Callable[[], Pass]]:
+        return {
+            "raw read": self._raw_read,
+            "memcpy": self._memcpy,
+            "np.memmap": self._memmap,
+            "stream": lambda: self._stream("first"),
+            "stream, always": lambda: self._stream("always"),
+            "stream, never": lambda: self._stream("never"),
+            "stream, decoded": self._decoded,
+        }
+
+    def cold(self) -> dict[str, Callable[[], Pass]]:
+        def forgotten(contender: Callable[[], Pass], files: list[Path]) -> Callable[[], Pass]:
+            def run() -> Pass:
+                evict(files)
+                return contender()
+
+            return run
+
+        shards = self._bench.shards
+        few = max(1, len(self._rows) // 4)
+        return {
+            "raw read": forgotten(self._raw_read, shards),
+            "np.memmap": forgotten(lambda: self._memmap(few), [self._bench.flat]),
+            "stream": forgotten(lambda: self._stream("first", ahead=0), shards),
+            "stream, always": forgotten(lambda: self._stream("always", ahead=0), shards),
+        }
+
+    def _mine(self, worker: int) -> Iterator[npt.NDArray[Any]]:
+        """The buffers of one thread, in turn."""
+        return itertools.cycle(self._buffers[worker :: self._threads])
+
+    def _raw_read(self) -> Pass:
+        files = [os.open(path, os.O_RDONLY) for path in self._bench.shards]
+
         def read(worker: int) -> int:
-            buffer, done = self._buffers[worker], 0
-            for file in self._files[worker :: self._threads]:
-                offset = 0
-                while got := os.preadv(file, [buffer], offset):
-                    offset += got
-                done += offset
+            buffers, done = self._mine(worker), 0
+            for _ in range(self._epochs):
+                for file in files[worker :: self._threads]:
+                    offset = 0
+                    while got := os.preadv(file, [next(buffers)], offset):
+                        offset += got
+                    done += offset
             return done
 
-        begun = perf_counter()
-        return sum(self._pool.map(read, range(self._threads))) / (perf_counter() - begun)
+        try:
+            clock = Clock()
+            return clock.passed(sum(self._pool.map(read, range(self._threads))))
+        finally:
+            for file in files:
+                os.close(file)
 
-    def memcpy(self) -> float:
-        nbytes = self._buffers[0].nbytes
-        pieces = self._source[: len(self._source) // nbytes * nbytes].reshape(
-            -1, *self._buffers[0].shape
-        )
+    def _memcpy(self) -> Pass:
+        batches = len(self._rows)
 
         def copy(worker: int) -> int:
-            mine = pieces[worker :: self._threads]
-            for piece in mine:
-                np.copyto(self._buffers[worker], piece)
-            return mine.nbytes
+            buffers, done = self._mine(worker), 0
+            for number in range(worker, batches, self._threads):
+                buffer = next(buffers)
+                np.copyto(buffer, self._source[number % len(self._source)])
+                done += buffer.nbytes
+            return done
 
-        begun = perf_counter()
-        return sum(self._pool.map(copy, range(self._threads))) / (perf_counter() - begun)
+        clock = Clock()
+        return clock.passed(sum(self._pool.map(copy, range(self._threads))))
 
-    def stream(self) -> float:
-        return self._stream(self._first)
+    def _flat(self) -> npt.NDArray[Any]:
+        shape = (self._bench.windows, *self._bench.window)
+        return np.memmap(self._bench.flat, dtype=self._dtype, mode="r", shape=shape)
 
-    def stream_always(self) -> float:
-        return self._stream(self._always)
+    def _memmap(self, batches: int | None = None) -> Pass:
+        rows = self._rows[:batches]
+        # Mapped anew: pages that somebody maps are not forgotten.
+        flat = self._flat()
 
-    def _stream(self, cache: Cache) -> float:
-        with self._open(cache) as stream:
+        def take(worker: int) -> int:
+            buffers, done = self._mine(worker), 0
+            for some in rows[worker :: self._threads]:
+                taken = next(buffers)
+                np.take(flat, some, axis=0, out=taken, mode="clip")
+                done += taken.nbytes
+            return done
+
+        clock = Clock()
+        return clock.passed(sum(self._pool.map(take, range(self._threads))))
+
+    def _stream(self, how: str, ahead: int | None = None) -> Pass:
+        """Timed when it runs at its steady pace: as much is read ahead at the end as before."""
+        with self._bench.stream(self._opened[how], self._batch) as stream:
             blocks = stream.blocks()
-            for _ in range(AHEAD):
+            for _ in range(2 * self.buffers if ahead is None else ahead):
                 next(blocks)
-            begun, done = perf_counter(), 0
+            clock, done = Clock(), 0
             for batch in islice(blocks, len(self._rows)):
                 done += sum(block.value.nbytes for block in batch)
-            return done / (perf_counter() - begun)
+            return clock.passed(done)
 
-    def stream_decoded(self) -> float:
+    def _decoded(self) -> Pass:
         """In bytes as stored, to compare."""
-        with self._open(self._first) as stream:
-            next(stream)
-            begun, done = perf_counter(), 0
-            for batch in islice(stream, max(1, len(self._rows) // 4)):
-                done += len(batch.target) * WINDOW_NBYTES
-            return done / (perf_counter() - begun)
-
-    def memmap(self) -> float:
-        taken, begun = self._buffers[0], perf_counter()
-        for rows in self._rows:
-            np.take(self._flat, rows, axis=0, out=taken, mode="clip")
-        return len(self._rows) * taken.nbytes / (perf_counter() - begun)
-
-    def zarr_python(self) -> float:
-        taken, begun = self._buffers[0], perf_counter()
-        for rows in self._rows[: self._size.zarr_batches]:
-            breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-            for first, end in pairwise([0, *breaks, len(rows)]):
-                taken[first:end] = self._zarr[rows[first] : rows[first] + end - first]
-        return self._size.zarr_batches * taken.nbytes / (perf_counter() - begun)
-
-    def _open(self, cache: Cache) -> Stream:
-        return Stream([cache], batch=self._size.batch, seed=0, threads=self._threads)
+        with self._bench.stream(self._opened["first"], self._batch) as stream:
+            for _ in islice(stream, 2):
+                pass
+            clock, done = Clock(), 0
+            for batch in islice(stream, max(2, DECODED_NBYTES // self.buffer_nbytes)):
+                done += len(batch.target) * self._bench.window_nbytes
+            return clock.passed(done)
 
 
-def rounds(contenders: dict[str, Callable[[], float]], count: int) -> dict[str, list[float]]:
-    """Bytes a second of each contender in each round, in turn, the order turned every round."""
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(count + 1):
-        names = list(contenders)
-        for name in names if number % 2 else reversed(names):
-            rate = contenders[name]()
-            if number:  # the first round warms up
-                found[name].append(rate)
-    return found
-
-
-def ratio(found: dict[str, list[float]], one: str, other: str) -> float:
-    return statistics.median(a / b for a, b in zip(found[one], found[other], strict=True))
-
-
-def wait_share(cache: Cache, *, steps: int) -> float:
-    """Of the time of training steps of the default student, 16 windows each."""
-    torch.manual_seed(0)
-    student = HADModel(HADConfig())
-    objective = HADObjective(hidden_size=128, channels=CHANNELS)
-    optimiser = torch.optim.AdamW([*student.parameters(), *objective.parameters()], lr=1e-3)
-    with Stream([cache], batch=16, seed=0) as stream:
-        begun, waited = perf_counter(), 0.0
-        for step, batch in enumerate(islice(stream, steps + 1)):
-            optimiser.zero_grad()
-            feat = student(spell(batch.kmer_id, batch.mask)).last_hidden_state
-            objective(feat, batch.kmer_id, batch.mask, batch.target).total.backward()
-            optimiser.step()
-            if step == 0:
-                begun, waited = perf_counter(), stream.wait_seconds
-        return (stream.wait_seconds - waited) / (perf_counter() - begun)
-
-
-def machine() -> dict[str, Any]:
-    """What a later version must be held against."""
-    cpu = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        names = [line for line in information.read_text().splitlines() if "model name" in line]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
+def told(found: dict[str, list[Pass]], against: str = "raw read") -> dict[str, Any]:
+    """What each did, and how many times as fast it was as one of them."""
     return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "load": os.getloadavg()[0],
+        name: {
+            **summary(passes),
+            "ratio": statistics.median(ratios(found, name, against)),
+            "range": [min(ratios(found, name, against)), max(ratios(found, name, against))],
+        }
+        for name, passes in found.items()
     }
 
 
-def commit() -> str:
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return told.stdout.strip() or "unknown"
+def local(bench: Bench, size: Size) -> dict[str, Any]:
+    answer: dict[str, Any] = {}
+    for batch in (256, 1024):
+        if batch * 2 > bench.windows:
+            continue
+        contenders = Local(bench, batch=batch, epochs=-(-int(size.pass_nbytes) // bench.nbytes))
+        found = rounds(contenders.warm(), size.rounds if batch == 256 else size.rounds // 2)
+        answer[f"warm, batches of {batch}"] = {
+            "buffers": contenders.buffers,
+            "against_raw_read": told(found),
+            "against_memcpy": statistics.median(ratios(found, "stream", "memcpy")),
+            "against_memmap": statistics.median(ratios(found, "stream", "np.memmap")),
+        }
+        contenders.close()
+    contenders = Local(bench, batch=256, epochs=1)
+    evict(bench.shards)
+    held = resident(bench.shards)
+    answer["cold, batches of 256"] = {
+        "buffers": contenders.buffers,
+        "still_in_memory": held,
+        "against_raw_read": told(rounds(contenders.cold(), size.cold_rounds)),
+    }
+    contenders.close()
+    return answer
 
 
-def measure(size: Size, *, threads: int, folder: Path) -> dict[str, Any]:
-    cache = Cache.open(build(folder / "cache", windows=size.windows, part=size.part))
-    check(cache, batch=size.batch)
-    contenders = Contenders(cache, folder, size=size, threads=threads)
-    found = rounds(
-        {
-            "raw read": contenders.raw_read,
-            "memcpy": contenders.memcpy,
-            "stream": contenders.stream,
-            "stream, always": contenders.stream_always,
-            "stream, decoded": contenders.stream_decoded,
-            "np.memmap": contenders.memmap,
-            "zarr-python": contenders.zarr_python,
-        },
-        size.rounds,
+def peers(bench: Bench, size: Size, *, names: Sequence[str]) -> dict[str, Any]:
+    if bench.dtype != np.int8:
+        return {"peers": {}, "absent": {"all": "they are written for int8"}}
+    windows = Windows(bench.flat, windows=bench.windows, window=bench.window)
+    batch = 256
+    rows = bench.rows(batch)
+
+    def epoch() -> Pass:
+        heads, done = [], 0
+        with bench.stream(bench.cache, batch) as stream:
+            blocks = stream.blocks()
+            # A whole epoch before: the next one begins where it ends.
+            for _ in rows:
+                next(blocks)
+            clock = Clock()
+            for some in islice(blocks, len(rows)):
+                for block in some:
+                    flat = block.value.reshape(len(block.value), -1).view(np.uint8)
+                    heads.append(flat[:, :HEAD].copy())
+                    done += block.value.nbytes
+            passed = clock.passed(done)
+        windows.refuse_strangers(np.concatenate(heads).reshape(-1).view(np.uint64))
+        return passed
+
+    answer: dict[str, Any] = {}
+    absent: dict[str, str] = {}
+    for known in against_peers.chosen(names):
+        reason = against_peers.absent(known)
+        if reason is not None:
+            absent[known.name] = reason
+            continue
+        folder = Path(tempfile.mkdtemp(dir=bench.folder))
+        try:
+            job = against_peers.job(
+                windows,
+                cache=bench.cache.path,
+                folder=folder,
+                part=bench.cache.plan.part,
+                rows=rows,
+                threads=bench.threads,
+            )
+            peer = PeerProcess(known, windows, job, bench.folder / "peer.log")
+            try:
+                share = min(1.0, size.peer_seconds / peer.epoch_seconds)
+                asked = max(1, round(share * len(rows))) * batch
+
+                def go(peer: PeerProcess = peer, asked: int = asked) -> Pass:
+                    return peer.go(asked)
+
+                found = rounds({"stream": epoch, known.name: go}, size.peer_rounds)
+            finally:
+                peer.close()
+        except PeerFailed as error:
+            absent[known.name] = f"failed: {error}"
+            continue
+        finally:
+            shutil.rmtree(folder)
+        against = ratios(found, "stream", known.name)
+        answer[known.name] = {
+            **summary(found[known.name]),
+            "stream": summary(found["stream"]),
+            "ratio": statistics.median(against),
+            "range": [min(against), max(against)],
+            "windows": asked,
+            "versions": peer.versions,
+        }
+        print(f"  {known.name}: {statistics.median(against):.1f}", file=sys.stderr, flush=True)
+    return {"peers": answer, "absent": absent}
+
+
+def wait(bench: Bench, size: Size, *, device: str, batch: int) -> dict[str, Any]:
+    """Training steps of the default student on the stream, and on a batch that is there."""
+    torch.manual_seed(0)
+    config, plan = HADConfig(), bench.cache.plan
+    student = HADModel(config).to(device)
+    objective = HADObjective(hidden_size=config.hidden_size, channels=plan.teacher.channels).to(
+        device
     )
+    optimiser = torch.optim.AdamW([*student.parameters(), *objective.parameters()], lr=1e-3)
+
+    def step(read: Batch) -> None:
+        optimiser.zero_grad()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            feat = student(spell(read.kmer_id, read.mask)).last_hidden_state
+            objective(feat, read.kmer_id, read.mask, read.target).total.backward()
+        optimiser.step()
+
+    def settled() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return perf_counter()
+
+    streamed, in_memory, shares = [], [], []
+    for number in range(size.wait_rounds):
+        with Stream([bench.cache], batch=batch, seed=number, device=device) as stream:
+            kept = next(stream)
+            step(kept)  # warms up
+            begun, waited = settled(), stream.stats().wait_seconds
+            for read in islice(stream, size.steps):
+                step(read)
+            taken = settled() - begun
+            waited = stream.stats().wait_seconds - waited
+        begun = settled()
+        for _ in range(size.steps):
+            step(kept)
+        streamed.append(taken / size.steps)
+        in_memory.append((settled() - begun) / size.steps)
+        shares.append(waited / taken)
+    slower = [a / b for a, b in zip(streamed, in_memory, strict=True)]
     return {
-        "benchmark": "stream",
-        "ratio_raw_read": ratio(found, "stream", "raw read"),
-        "ratio_raw_read_always": ratio(found, "stream, always", "raw read"),
-        "ratio_raw_read_decoded": ratio(found, "stream, decoded", "raw read"),
-        "ratio_memcpy": ratio(found, "stream", "memcpy"),
-        "ratio_peers": {
-            name: ratio(found, "stream", name) for name in ("np.memmap", "zarr-python")
-        },
-        "wait_share": wait_share(cache, steps=size.steps),
-        "gigabytes_per_second": {
-            name: statistics.median(rates) / 1e9 for name, rates in found.items()
-        },
-        "windows": size.windows,
-        "nbytes": size.windows * WINDOW_NBYTES,
-        "batch": size.batch,
+        "batch": batch,
+        "step_seconds": statistics.median(streamed),
+        "step_seconds_in_memory": statistics.median(in_memory),
+        "ratio_in_memory": statistics.median(slower),
+        "range": [min(slower), max(slower)],
+        "wait_share": statistics.median(shares),
+    }
+
+
+@contextmanager
+def link(folder: Path, *, rate: float | None) -> Iterator[int]:
+    """A folder served by another process; the port."""
+    script = Path(__file__).parent / "link.py"
+    limit = [] if rate is None else ["--rate", str(rate)]
+    process = subprocess.Popen(
+        [sys.executable, script, folder, "--latency", str(LATENCY), *limit],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        yield int(process.stdout.readline())
+    finally:
+        process.stdin.close()
+        process.wait(timeout=20)
+        process.stdout.close()
+
+
+def plain_gets(port: int, keys: Sequence[str], *, buffer: int = 1 << 20) -> Pass:
+    """Every object whole, one after another over each of a few connections, into memory."""
+
+    def get(worker: int) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        taken, done = memoryview(bytearray(buffer)), 0
+        for key in keys[worker::CONNECTIONS]:
+            connection.request("GET", "/" + key)
+            response = connection.getresponse()
+            assert response.status == 200
+            while got := response.readinto(taken):
+                done += got
+        connection.close()
+        return done
+
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        clock = Clock()
+        return clock.passed(sum(pool.map(get, range(CONNECTIONS))))
+
+
+def remote(bench: Bench, size: Size) -> dict[str, Any]:
+    path, batch = bench.cache.path, 256
+    keys = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    nbytes = sum((path / key).stat().st_size for key in keys)
+    batches = bench.windows // batch
+
+    def epoch(stream: Stream) -> None:
+        for _ in islice(stream.blocks(), batches):
+            pass
+
+    def both_epochs(port: int) -> tuple[Pass, Pass]:
+        mirror = Path(tempfile.mkdtemp(dir=bench.folder))
+        clock = Clock()
+        cache = open_cache(f"http://127.0.0.1:{port}", mirror=mirror)
+        try:
+            with bench.stream(cache, batch) as stream:
+                epoch(stream)
+                first = clock.passed(nbytes)
+                assert cache.mirror is not None
+                brought = cache.mirror.stats().downloaded_nbytes
+                clock = Clock()
+                epoch(stream)
+                second = clock.passed(bench.nbytes)
+                assert cache.mirror.stats().downloaded_nbytes == brought, (
+                    "the second epoch is local"
+                )
+        finally:
+            cache.close()
+            shutil.rmtree(mirror)
+        return first, second
+
+    def local_epoch() -> Pass:
+        with bench.stream(bench.cache, batch) as stream:
+            epoch(stream)
+            clock = Clock()
+            epoch(stream)
+            return clock.passed(bench.nbytes)
+
+    answer: dict[str, Any] = {}
+    for name, rate in (("loopback", None), ("2 Gbit/s", RATE)):
+        found: dict[str, list[Pass]] = {n: [] for n in ("link", "first", "second", "local")}
+        with link(path, rate=rate) as port:
+            for _ in range(size.remote_rounds):
+                found["link"].append(plain_gets(port, keys))
+                first, second = both_epochs(port)
+                found["first"].append(first)
+                found["second"].append(second)
+                found["local"].append(local_epoch())
+        answer[name] = {
+            "link": summary(found["link"]),
+            "first epoch": {
+                **summary(found["first"]),
+                "ratio_link": statistics.median(ratios(found, "first", "link")),
+            },
+            "second epoch": {
+                **summary(found["second"]),
+                "ratio_local": statistics.median(ratios(found, "second", "local")),
+            },
+        }
+    return {"latency_seconds": LATENCY, "objects": len(keys), "nbytes": nbytes, "links": answer}
+
+
+def growth(folder: Path, size: Size, *, threads: int) -> dict[str, Any]:
+    """Small windows, so that all that is not reading weighs most."""
+    part, batch, batches = 256, 256, 60
+    caches = {
+        shards: Cache.open(
+            build(
+                folder / f"growing-{shards}",
+                windows=shards * part,
+                part=part,
+                kmers=42,
+                masked=6,
+                channels=256,
+                seed=shards,
+            )
+        )
+        for shards in (1, 10, 100)
+    }
+    seconds: dict[int, list[float]] = {shards: [] for shards in caches}
+    for number in range(size.growth_rounds + 1):
+        for shards, cache in caches.items():
+            with Stream([cache], batch=batch, seed=0, threads=threads) as stream:
+                blocks = stream.blocks()
+                # One epoch first: every part opened, every window touched.
+                for _ in range(shards + 20):
+                    next(blocks)
+                begun = perf_counter()
+                for _ in range(batches):
+                    next(blocks)
+                if number:
+                    seconds[shards].append((perf_counter() - begun) / batches)
+    for cache in caches.values():
+        cache.close()
+    return {
+        "batch": batch,
+        "window_nbytes": 36 * 256,
+        "batch_seconds": {str(n): statistics.median(some) for n, some in seconds.items()},
+        "ratio_100_to_10": statistics.median(
+            a / b for a, b in zip(seconds[100], seconds[10], strict=True)
+        ),
+        "ratio_100_to_1": statistics.median(
+            a / b for a, b in zip(seconds[100], seconds[1], strict=True)
+        ),
+    }
+
+
+def soak(bench: Bench, *, seconds: float) -> dict[str, Any]:
+    """Stream decoded batches and watch the memory that is the process's own."""
+    statm, page = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE")
+
+    def held() -> int:
+        _, whole, shared, *_ = map(int, statm.read_text().split())
+        return (whole - shared) * page
+
+    before = held()
+    times, nbytes, batches = [], [], 0
+    with bench.stream(bench.cache, 256) as stream:
+        begun = perf_counter()
+        while (now := perf_counter() - begun) < seconds:
+            next(stream)
+            batches += 1
+            if not times or now - times[-1] >= seconds / 480:
+                times.append(now)
+                nbytes.append(held())
+        stats = stream.stats()
+    # The first eighth is for the slots to fill and the allocator to settle.
+    settled = len(times) // 8
+    slope = float(np.polyfit(times[settled:], nbytes[settled:], 1)[0])
+    return {
+        "benchmark": "stream, soak",
+        "seconds": seconds,
+        "batches": batches,
+        "gigabytes": stats.nbytes / 1e9,
+        "prefetch_nbytes": PREFETCH,
+        "rss_before": before,
+        "rss_settled": nbytes[settled],
+        "rss_most": max(nbytes),
+        "rss_last": nbytes[-1],
+        "rss_slope_bytes_per_minute": slope * 60,
+        "hardware": machine(),
+        "commit": commit(),
+    }
+
+
+def measure(
+    bench: Bench, size: Size, *, sections: Sequence[str], names: Sequence[str]
+) -> dict[str, Any]:
+    check(bench, batch=256)
+    answer: dict[str, Any] = {"benchmark": "stream"}
+    began = perf_counter()
+
+    def say(section: str) -> None:
+        print(f"{perf_counter() - began:6.1f} s  {section}", file=sys.stderr, flush=True)
+
+    if "local" in sections:
+        say("local")
+        found = answer["local"] = local(bench, size)
+        usual = found["warm, batches of 256"]
+        against = usual["against_raw_read"]
+        answer["ratio_raw_read"] = against["stream"]["ratio"]
+        answer["ratio_raw_read_always"] = against["stream, always"]["ratio"]
+        answer["ratio_raw_read_never"] = against["stream, never"]["ratio"]
+        answer["ratio_raw_read_decoded"] = against["stream, decoded"]["ratio"]
+        answer["ratio_memcpy"] = usual["against_memcpy"]
+        answer["ratio_memmap"] = usual["against_memmap"]
+    if "peers" in sections:
+        say("peers")
+        answer.update(peers(bench, size, names=names))
+        answer["ratio_peers"] = {n: told["ratio"] for n, told in answer["peers"].items()}
+    if "wait" in sections:
+        say("wait")
+        answer["wait"] = {"cpu": wait(bench, size, device="cpu", batch=size.wait_batch)}
+        if torch.cuda.is_available():
+            answer["wait"]["cuda"] = wait(bench, size, device="cuda", batch=256)
+        answer["wait_share"] = answer["wait"]["cpu"]["wait_share"]
+    if "remote" in sections:
+        say("remote")
+        answer["remote"] = remote(bench, size)
+    if "growth" in sections:
+        say("growth")
+        answer["growth"] = growth(bench.folder, size, threads=bench.threads)
+    say("done")
+    return {
+        **answer,
+        "windows": bench.windows,
+        "nbytes": bench.nbytes,
         "rounds": size.rounds,
-        "threads": threads,
+        "threads": bench.threads,
         "versions": {
             "had-pipe": had_pipe.__version__,
             "python": platform.python_version(),
@@ -401,47 +738,38 @@ def measure(size: Size, *, threads: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    rates = result["gigabytes_per_second"]
-    lines = [
-        f"{result['nbytes'] / 1e9:.2f} GB in {result['windows']:,} windows, batches of "
-        f"{result['batch']}, {result['threads']} threads, median of {result['rounds']} rounds",
-        "",
-        f"{'':<18}{'GB/s':>8}{'x raw read':>12}",
-        *(
-            f"{name:<18}{rate:>8.2f}{rate / rates['raw read']:>12.3f}"
-            for name, rate in rates.items()
-        ),
-        "",
-        f"stream / raw read    {result['ratio_raw_read']:.3f}   "
-        f"(CRC always {result['ratio_raw_read_always']:.3f}, "
-        f"decoded on the CPU {result['ratio_raw_read_decoded']:.3f})",
-        f"stream / memcpy      {result['ratio_memcpy']:.3f}",
-        *(f"stream / {name:<12}{value:.2f}" for name, value in result["ratio_peers"].items()),
-        f"a training step waits {result['wait_share']:.2%} of its time (16 windows, on the CPU)",
-    ]
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="How fast batches leave a cache.")
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--quick", action="store_true", help="0.3 GB (the default)")
-    sizes.add_argument("--full", action="store_true", help="2.4 GB")
+    sizes.add_argument("--quick", action="store_true", help="0.6 GB (the default)")
+    sizes.add_argument("--full", action="store_true", help="2.4 GB, more rounds")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--folder", type=Path, help="where to build the cache (a fast disk)")
+    parser.add_argument("--cache", type=Path, help="a sealed cache to read instead")
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="readers (one a core)"
     )
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument(
+        "--peers", nargs="+", default=(), help="their names, or plain, zarr, torch, mds"
+    )
+    parser.add_argument("--soak", nargs="?", type=float, const=480.0, metavar="SECONDS")
     chosen = parser.parse_args(arguments)
     size = FULL if chosen.full else QUICK
     folder = Path(tempfile.mkdtemp(prefix="had-pipe-stream-", dir=chosen.folder))
     try:
-        result = measure(size, threads=chosen.threads, folder=folder)
+        path = chosen.cache or build(folder / "cache", windows=size.windows, part=size.part)
+        with Cache.open(path) as cache:
+            bench = Bench(cache, folder, threads=chosen.threads)
+            if chosen.soak is not None:
+                result = soak(bench, seconds=chosen.soak)
+            else:
+                result = measure(bench, size, sections=chosen.only, names=chosen.peers)
     finally:
         shutil.rmtree(folder)
-    print(table(result))
-    if chosen.json:
+    if chosen.soak is None:
+        print(text(result))
+    if chosen.json or chosen.soak is not None:
         print(json.dumps(result))
 
 
