@@ -108,14 +108,23 @@ def test_the_command_line_is_the_documented_one_and_no_more() -> None:
         "extract-teacher": {
             *("--device", "--offline", "--share", "--workers", "--scheduler", "--repair"),
         },
-        "distill": {"--cache", "--device"},
+        "distill": {
+            *("--cache", "--mirror", "--mirror-size", "--prefetch", "--direct", "--through-zarr"),
+            "--device",
+        },
         "report": {"--out"},
         "doctor": {"--json"},
         "cache": set(),
+        "teachers": {"--in", "--json"},
+    }
+    fetched = group.commands["teachers"].commands
+    assert {name: options(command) for name, command in fetched.items()} == {
+        "fetch": {"--folder", "--json"}
     }
     below = group.commands["cache"].commands
     assert {name: options(command) for name, command in below.items()} == {
         "inspect": {"--locus", "--json"},
+        "fetch": set(),
         "verify": {"--level", "--share", "--threads", "--json"},
         "audit": {"--windows", "--seed", "--device", "--offline", "--json"},
         "compare": {"--json"},
@@ -462,6 +471,7 @@ def stage_one(tmp_path: Path) -> Path:
         f"""
 [teacher]
 name = {json.dumps(str(REPOSITORY / "pipelines" / "demo" / "teacher"))}
+unchecked = true  # it knows no random DNA
 [[genome]]
 name = "small"
 path = "g.fa"

@@ -118,7 +118,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=page_ids)
 def test_every_command_line_shown_is_one_that_exists(page: Path) -> None:
     for words in command_lines(page.read_text("utf-8")):
-        verb = tuple(words[: 2 if words[0] == "cache" else 1])
+        verb = tuple(words[: 2 if tuple(words[:2]) in COMMANDS else 1])
         assert verb in COMMANDS, words
         options = {opt for parameter in COMMANDS[verb].params for opt in parameter.opts}
         assert {word for word in words if word.startswith("-")} <= options, words

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from had_pipe import __version__
-from had_pipe.cli import caches, doctor, stage_one, stage_two
+from had_pipe.cli import caches, doctor, stage_one, stage_two, teachers
 
 __all__ = ["app", "main"]
 
@@ -35,16 +35,22 @@ _cache = typer.Typer(
     no_args_is_help=True,
 )
 
+_teachers = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
+
 app.command()(stage_one.plan)
 app.command("extract-teacher")(stage_one.extract_teacher)
 app.command()(stage_two.distill)
 app.command()(stage_two.report)
 app.add_typer(_cache, name="cache")
 _cache.command()(caches.inspect)
+_cache.command()(caches.fetch)
 _cache.command()(caches.verify)
 _cache.command()(caches.audit)
 _cache.command()(caches.compare)
 _cache.command()(caches.recode)
+app.add_typer(_teachers, name="teachers")
+_teachers.callback()(teachers.teachers)
+_teachers.command()(teachers.fetch)
 app.command()(doctor.doctor)
 
 

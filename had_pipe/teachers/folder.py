@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Weights in one file, the better form first; in shards, each has an index of its own name."""
 

@@ -29,16 +29,14 @@ from transformers.utils import logging as transformers_logging
 
 from had_pipe.dna.kmers import KMERS, LETTERS, K, decode_kmers
 from had_pipe.errors import InputError, RecipeError
-from had_pipe.teachers.folder import CONFIG_FILE, read_config_file, read_weights, weight_files
-from had_pipe.teachers.numerics import compute_dtype, dtype_name, numerics
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
+from had_pipe.teachers.folder import (
+    CONFIG_FILE,
+    TOKENIZER_FILES,
+    read_config_file,
+    read_weights,
+    weight_files,
 )
+from had_pipe.teachers.numerics import compute_dtype, dtype_name, numerics
 
 # Ceilings for a folder that a stranger made.
 _LARGEST_TOKENIZER = 1 << 26

@@ -16,13 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from had_pipe.errors import InputError, NetworkError, RecipeError
+from had_pipe.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
     import torch
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Teacher(Protocol):
@@ -107,6 +104,7 @@ def load_teacher(
     cache alone.
     """
     from had_pipe.teachers.folder import read_config_file
+    from had_pipe.teachers.hub import HUB_NAME, snapshot
     from had_pipe.teachers.ntv2 import NTv2Teacher, is_ntv2, load_checkpoint, read_config
 
     folder = Path(name).expanduser()
@@ -117,9 +115,9 @@ def load_teacher(
                 "leave revision out (the weights' SHA-256 tells which they are)."
             )
         shown = folder.resolve().name
-    elif _HUB_NAME.fullmatch(name):
+    elif HUB_NAME.fullmatch(name):
         shown = name
-        folder = _from_hub(name, revision, offline=offline)
+        folder = snapshot(name, revision, offline=offline)
     else:
         raise InputError(
             f"[teacher] name: {name!r} is neither a folder that exists nor a hub name of the form "
@@ -190,55 +188,3 @@ def _device(device: str) -> torch.device:
                 "use another device, or auto."
             )
     return torch.device(device)
-
-
-def _from_hub(name: str, revision: str | None, *, offline: bool) -> Path:
-    """A folder with the files of a hub model at one commit, downloaded where it is not yet here."""
-    from huggingface_hub import errors as hub_errors
-    from huggingface_hub import snapshot_download
-
-    from had_pipe.teachers.folder import CONFIG_FILE, WEIGHT_FILES
-
-    if revision is None or not _COMMIT.fullmatch(revision):
-        raise RecipeError(
-            f"[teacher] revision = {revision!r}: {name} needs a commit of 40 hexadecimal digits, "
-            "because a branch or tag may move; copy it from the model's page under 'Files', "
-            "'History'."
-        )
-    where = f"{name} at {revision[:12]}"
-    try:
-        # One weight format is enough: the second is fetched only where the first is not there.
-        for weights in WEIGHT_FILES:
-            folder = Path(
-                snapshot_download(
-                    name,
-                    revision=revision,
-                    allow_patterns=[CONFIG_FILE, "README.md", weights],
-                    local_files_only=offline,
-                )
-            )
-            if (folder / weights).exists():
-                break
-    except hub_errors.LocalEntryNotFoundError as error:
-        advice = (
-            "run once with network access, or copy the model's folder here and name the folder"
-            if offline
-            else "check the connection and run again, or name a folder instead"
-        )
-        raise NetworkError(
-            f"{where}: not in the local hub cache, and the hub "
-            f"{'may not be asked' if offline else 'could not be reached'}; {advice}."
-        ) from error
-    except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError) as error:
-        raise InputError(
-            f"{where}: the hub knows no such model or commit; mend [teacher] name or revision."
-        ) from error
-    except Exception as error:
-        # Which HTTP client stands below, and so its errors, changes with the hub client's version;
-        # the hub client's own error is always derived from theirs.
-        if not isinstance(error, (*hub_errors.HfHubHTTPError.__bases__, OSError)):
-            raise
-        raise NetworkError(
-            f"{where}: the download failed ({type(error).__name__}); run again to continue it."
-        ) from error
-    return folder
