@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
 from time import monotonic, perf_counter
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from had_pipe.cache import Block, Cache, Codec
 from had_pipe.dna import kmers
+from had_pipe.errors import HadPipeError
 
 Rows = npt.NDArray[np.int64]
 Space = Literal["raw", "normalised"]
@@ -229,6 +230,7 @@ class Feed:
             )
             # A stream that nobody holds any more ends its threads.
             weakref.finalize(self, _stop, weakref.ref(self._readers))
+            self._readers.start()
         assert isinstance(self._readers.work, kind), (
             "a stream is read in one way: blocks or decoded"
         )
@@ -309,9 +311,7 @@ class _Storing:
         self._caches[span.cache].read(self._split, span.view, rows, block)
 
     def advise(self, span: Span) -> None:
-        advise = getattr(self._caches[span.cache], "advise", None)
-        if advise is not None:
-            advise(self._split, span.view, span.row)
+        self._caches[span.cache].advise(self._split, span.view, span.row)
 
     def _allocate(self) -> Block:
         if not self._pinned:
@@ -374,9 +374,7 @@ class _Decoding:
             )
 
     def advise(self, span: Span) -> None:
-        advise = getattr(self._caches[span.cache], "advise", None)
-        if advise is not None:
-            advise(self._split, span.view, span.row)
+        self._caches[span.cache].advise(self._split, span.view, span.row)
 
 
 class _Lending:
@@ -426,6 +424,7 @@ class _Readers:
         self.process = os.getpid()
         self._plans = plans
         self._coming: deque[Plan] = deque()
+        self._hints: deque[Span] = deque()
         self._advised = advised
         self._cut = -(-threads // (slots - 1))
         self._slots = slots
@@ -446,6 +445,8 @@ class _Readers:
             threading.Thread(target=self._run, name=f"had-pipe-read-{i}", daemon=True)
             for i in range(threads)
         ]
+
+    def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
@@ -485,10 +486,12 @@ class _Readers:
     def join(self) -> None:
         until = monotonic() + _LEAVE
         for thread in self._threads:
-            thread.join(max(0.0, until - monotonic()))
+            if thread.ident is not None:
+                thread.join(max(0.0, until - monotonic()))
 
     def _run(self) -> None:
         while (piece := self._next_piece()) is not None:
+            self._advise()
             reading, span, rows, first = piece
             error = None
             try:
@@ -503,6 +506,13 @@ class _Readers:
                     self._done.notify()
             # Nothing of a batch may outlive it here while there is nothing to do.
             del piece, reading, span, rows, error
+
+    def _advise(self) -> None:
+        """Make known what will be read soon."""
+        while self._hints and not self._stopped:
+            # What is wrong with these windows will be said when they are read.
+            with suppress(HadPipeError, OSError, IndexError):
+                self.work.advise(self._hints.popleft())
 
     def _next_piece(self) -> tuple[_Reading, Span, Rows, int] | None:
         with self._beginning:
@@ -542,14 +552,13 @@ class _Readers:
             self._done.notify()
 
     def _plan(self) -> Plan | None:
-        """The next batch; what comes after it is made known to the caches."""
+        """The next batch; those after it are to be made known to the caches."""
         while len(self._coming) <= self._advised:
             plan = next(self._plans, None)
             if plan is None:
                 break
-            for span in plan[1]:
-                self.work.advise(span)
             self._coming.append(plan)
+            self._hints.extend(plan[1])
         return self._coming.popleft() if self._coming else None
 
     def _cut_up(self, reading: _Reading) -> None:
@@ -653,9 +662,9 @@ class Decode:
             for cache in caches
         ]
         # A learnt codec brings its tables to the device now, not while its decoding is traced.
-        none = caches[0].allocate(0)
+        one = caches[0].allocate(1)
         for codec, (mean, std) in zip(self._codecs, self._statistics, strict=True):
-            stored = _on_device(none, 0, device)
+            stored = _on_device(one, 1, device)
             codec.decode(stored.value, stored.scale, mean, std)
 
     def __call__(self, stored: _Stored, position: int, spans: tuple[Span, ...]) -> Batch:
@@ -734,6 +743,8 @@ _fused = Fused()
 
 
 def _part(block: Block, first: int, end: int) -> Block:
+    if (first, end) == (0, len(block.value)):
+        return block  # which remembers where its rows lie
     return Block(
         kmer_id=block.kmer_id[first:end],
         mask=block.mask[first:end],

@@ -25,7 +25,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from had_pipe.cache import Block, Cache, Part
+from had_pipe.cache import Block, Cache, Part, open_cache
+from had_pipe.cache.mirror import MirrorStats
 from had_pipe.errors import CacheMismatch, RecipeError
 from had_pipe.feed import Arrays, Batch, Feed, Plan, Space, Span
 from had_pipe.order import Corpus, Mix
@@ -118,10 +119,7 @@ class Stream:
             self._begun = perf_counter()
             self._closing = closing.pop_all()
         for i, cache in enumerate(self._caches):
-            if getattr(cache, "mirror", None) is not None:
-                cache.coming(  # type: ignore[attr-defined]
-                    self._plans.parts(split, i)
-                )
+            cache.coming(self._plans.parts(split, i))
 
     def spans(self, position: int) -> tuple[Span, ...]:
         """Which windows this rank reads in batch `position`."""
@@ -157,14 +155,14 @@ class Stream:
 
     def stats(self) -> StreamStats:
         """What was handed over since the stream began."""
-        mirrors = [getattr(cache, "mirror", None) for cache in self._caches]
+        mirrors = [cache.mirror.stats() for cache in self._caches if cache.mirror is not None]
         return StreamStats(
             batches=self._feed.batches,
             windows=self._feed.windows,
             nbytes=self._feed.nbytes,
             seconds=perf_counter() - self._begun,
             wait_seconds=self._feed.wait_seconds,
-            mirror=_combined(operator.add, *(m.stats() for m in mirrors if m is not None)),
+            mirror=_combined(operator.add, *mirrors),
         )
 
     @property
@@ -174,8 +172,10 @@ class Stream:
 
     def close(self) -> None:
         """End the threads, and close the caches that were opened here."""
-        # The caches first: a thread that waits for a network then waits no more.
         self._feed.stop()
+        for cache in self._caches:
+            cache.coming(())
+        # Before the threads end: one that waits for a network then waits no more.
         self._closing.close()
         self._feed.close()
 
@@ -202,7 +202,7 @@ class StreamStats:
     seconds: float
     wait_seconds: float
     """How long its caller was kept waiting for batches."""
-    mirror: Any
+    mirror: MirrorStats | None
     """What the mirrors of its caches did; None where every cache is local."""
 
     def since(self, earlier: StreamStats) -> StreamStats:
@@ -373,6 +373,8 @@ def _meaning(cache: Cache, space: Space) -> dict[str, object]:
         "codec": plan.codec,
         "licence": plan.licence,
     }
+    if plan.codec == "exact":  # stores the type that the teacher computes in
+        meaning["teacher.dtype"] = plan.teacher.dtype
     if space == "normalised":
         meaning["statistics"] = plan.statistics
     return meaning
@@ -392,7 +394,9 @@ def require_split(cache: Cache, split: str) -> None:
 def _opened(cache: Cache | Path | str, closing: ExitStack) -> Cache:
     if isinstance(cache, Cache):
         return cache
-    return Cache.open(Path(cache))
+    opened = open_cache(cache)
+    closing.callback(opened.close)
+    return opened
 
 
 def _combined(how: Callable[[Any, Any], Any], *stats: Any) -> Any:

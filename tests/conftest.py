@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from had_pipe.cache import Cache
+
+Made = Callable[..., "Cache"]
 
 # As the command line does, before torch is loaded: spinning threads make a busy machine crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -27,3 +33,24 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """`made(codec="tiny")`: such a small cache, opened anew; each kind is built once.
+
+    Nothing may be written to one. `check` is how it is opened.
+    """
+    from small_cache import build_cache
+
+    from had_pipe.cache import Cache
+
+    paths: dict[str, Path] = {}
+
+    def opened(*, check: Any = "first", **settings: Any) -> Cache:
+        kind = repr(sorted(settings.items()))
+        if kind not in paths:
+            paths[kind] = build_cache(tmp_path_factory.mktemp("made") / "cache", **settings)
+        return Cache.open(paths[kind], check=check)
+
+    return opened

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_cache import build_cache
+from conftest import Made
 
 from had_pipe.cache import Cache
 from had_pipe.cache.codec import CodecName
 from had_pipe.dna import kmers
-from had_pipe.errors import CacheCorrupt, CacheMismatch, RecipeError
+from had_pipe.errors import CacheMismatch, RecipeError
 from had_pipe.stream import Batch, Stream, first_windows, require_alike
-
-
-def open_cache(folder: Path, **settings: Any) -> Cache:
-    return Cache.open(build_cache(folder, **settings))
 
 
 def expected(caches: Sequence[Cache], batch: Batch) -> dict[str, np.ndarray[Any, Any]]:
@@ -53,8 +47,8 @@ def expected(caches: Sequence[Cache], batch: Batch) -> dict[str, np.ndarray[Any,
         pytest.param({"codec": "tiny", "channels": 32}, id="tiny"),
     ],
 )
-def test_a_batch_holds_what_the_cache_holds(tmp_path: Path, settings: dict[str, Any]) -> None:
-    cache = open_cache(tmp_path / "a", windows=96, part=32, views=2, **settings)
+def test_a_batch_holds_what_the_cache_holds(made: Made, settings: dict[str, Any]) -> None:
+    cache = made(windows=96, part=32, views=2, **settings)
     with Stream([cache], batch=20, seed=1) as stream:
         batches = list(islice(stream, 12))
     assert any(len({span.view for span in batch.spans}) == 2 for batch in batches)
@@ -67,8 +61,8 @@ def test_a_batch_holds_what_the_cache_holds(tmp_path: Path, settings: dict[str, 
         np.testing.assert_allclose(batch.target.numpy(), slow["target"], rtol=1e-6, atol=1e-5)
 
 
-def test_epochs_take_views_in_turn_and_every_window_once(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path / "a", windows=60, part=16, views=2)
+def test_epochs_take_views_in_turn_and_every_window_once(made: Made) -> None:
+    cache = made(windows=60, part=16, views=2)
     with Stream([cache], batch=7, seed=1) as stream:
         seen: Counter[tuple[int, int]] = Counter()
         for batch in islice(stream, 60 * 4 // 7 + 1):
@@ -80,8 +74,8 @@ def test_epochs_take_views_in_turn_and_every_window_once(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 6])
-def test_any_number_of_ranks_reads_the_same_global_batches(tmp_path: Path, ranks: int) -> None:
-    cache = open_cache(tmp_path / "a", windows=50, part=16)
+def test_any_number_of_ranks_reads_the_same_global_batches(made: Made, ranks: int) -> None:
+    cache = made(windows=50, part=16)
 
     def windows_of(batch: Batch) -> list[tuple[int, int]]:
         return [(span.epoch, int(row)) for span in batch.spans for row in span.row]
@@ -98,10 +92,10 @@ def test_any_number_of_ranks_reads_the_same_global_batches(tmp_path: Path, ranks
     ]
 
 
-def test_a_batch_may_hold_more_windows_than_there_are(tmp_path: Path) -> None:
+def test_a_batch_may_hold_more_windows_than_there_are(made: Made) -> None:
     caches = [
-        open_cache(tmp_path / "a", windows=5, part=32),
-        open_cache(tmp_path / "b", windows=1, part=1, seed=4),
+        made(windows=5, part=32),
+        made(windows=1, part=1, seed=4),
     ]
     seen: Counter[tuple[int, int, int]] = Counter()
     with Stream(caches, batch=14, seed=0) as stream:
@@ -113,8 +107,8 @@ def test_a_batch_may_hold_more_windows_than_there_are(tmp_path: Path) -> None:
     assert seen == Counter((epoch, *window) for epoch in range(21) for window in every)
 
 
-def test_a_stream_goes_on_at_any_batch(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path / "a", windows=50, part=16)
+def test_a_stream_goes_on_at_any_batch(made: Made) -> None:
+    cache = made(windows=50, part=16)
     with Stream([cache], batch=12, seed=5) as stream:
         whole = list(islice(stream, 10))
     with Stream([cache], batch=12, seed=5, start=6) as stream:
@@ -127,8 +121,8 @@ def test_a_stream_goes_on_at_any_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("prefetch", [1, 1 << 20])
-def test_threads_and_read_ahead_change_nothing(tmp_path: Path, threads: int, prefetch: int) -> None:
-    cache = open_cache(tmp_path / "a", windows=50, part=16)
+def test_threads_and_read_ahead_change_nothing(made: Made, threads: int, prefetch: int) -> None:
+    cache = made(windows=50, part=16)
     with Stream([cache], batch=12, seed=5, threads=1) as stream:
         whole = list(islice(stream, 8))
     with Stream([cache], batch=12, seed=5, threads=threads, prefetch=prefetch) as stream:
@@ -139,12 +133,12 @@ def test_threads_and_read_ahead_change_nothing(tmp_path: Path, threads: int, pre
 
 @pytest.mark.parametrize("codec", ["int8", "tiny"])
 def test_several_caches_make_one_epoch_also_where_statistics_differ(
-    tmp_path: Path, codec: CodecName
+    made: Made, codec: CodecName
 ) -> None:
     caches = [
-        open_cache(tmp_path / "a", windows=50, part=16, seed=0, codec=codec),
-        open_cache(tmp_path / "b", windows=30, part=16, seed=1, codec=codec, statistics_seed=9),
-        open_cache(tmp_path / "c", windows=20, part=20, seed=2, codec=codec, statistics_seed=8),
+        made(windows=50, part=16, seed=0, codec=codec),
+        made(windows=30, part=16, seed=1, codec=codec, statistics_seed=9),
+        made(windows=20, part=20, seed=2, codec=codec, statistics_seed=8),
     ]
     with Stream(caches, batch=10, seed=5) as stream:
         assert stream.order.windows == 100
@@ -161,8 +155,8 @@ def test_several_caches_make_one_epoch_also_where_statistics_differ(
         )
 
 
-def test_normalised_targets_are_the_raw_ones_less_mean_over_std(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path / "a", windows=50, part=16)
+def test_normalised_targets_are_the_raw_ones_less_mean_over_std(made: Made) -> None:
+    cache = made(windows=50, part=16)
     with Stream([cache], batch=25, seed=5, space="normalised") as stream:
         batch = next(stream)
     raw = expected([cache], batch)["target"]
@@ -171,10 +165,10 @@ def test_normalised_targets_are_the_raw_ones_less_mean_over_std(tmp_path: Path) 
     )
 
 
-def test_first_windows_are_the_first_of_each_cache_by_its_share(tmp_path: Path) -> None:
+def test_first_windows_are_the_first_of_each_cache_by_its_share(made: Made) -> None:
     caches = [
-        open_cache(tmp_path / "a", valid=30, part=16, seed=0),
-        open_cache(tmp_path / "b", valid=10, part=16, seed=1),
+        made(valid=30, part=16, seed=0),
+        made(valid=10, part=16, seed=1),
     ]
 
     def rows(windows: int) -> tuple[list[int], list[int]]:
@@ -189,13 +183,13 @@ def test_first_windows_are_the_first_of_each_cache_by_its_share(tmp_path: Path) 
     assert rows(1000) == (list(range(30)), list(range(10)))
 
 
-def test_an_unlike_cache_is_refused_naming_each_difference(tmp_path: Path) -> None:
-    one = open_cache(tmp_path / "a", channels=16, kmers=12)
-    other = open_cache(tmp_path / "b", channels=24, kmers=20, codec="exact", licence="MIT")
+def test_an_unlike_cache_is_refused_naming_each_difference(made: Made) -> None:
+    one = made(channels=16, kmers=12)
+    other = made(channels=24, kmers=20, codec="exact", licence="MIT")
     with pytest.raises(CacheMismatch) as refusal:
         Stream([one, other], batch=4, seed=0)
     assert str(refusal.value) == (
-        f"{tmp_path / 'a'} and {tmp_path / 'b'} cannot be trained on together:\n"
+        f"{one.path} and {other.path} cannot be trained on together:\n"
         "  teacher.channels   16 and 24\n"
         "  windows.kmers   12 and 20\n"
         "  windows.masked   2 and 3\n"
@@ -205,56 +199,34 @@ def test_an_unlike_cache_is_refused_naming_each_difference(tmp_path: Path) -> No
     )
 
 
-def test_statistics_must_agree_in_normalised_space_only(tmp_path: Path) -> None:
-    one = open_cache(tmp_path / "a", seed=0)
-    other = open_cache(tmp_path / "b", seed=1, statistics_seed=9)
+def test_statistics_must_agree_in_normalised_space_only(made: Made) -> None:
+    one = made(seed=0)
+    other = made(seed=1, statistics_seed=9)
     require_alike([one, other], space="raw")
     with pytest.raises(CacheMismatch, match=r"(?s)statistics   .* and .*agree in these"):
         require_alike([one, other], space="normalised")
 
 
-def test_the_same_cache_twice_is_refused(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path / "a")
+def test_the_same_cache_twice_is_refused(made: Made) -> None:
+    cache = made()
     with pytest.raises(CacheMismatch, match="given twice"):
         Stream([cache, Cache.open(cache.path)], batch=4, seed=0)
 
 
-def test_a_split_without_windows_is_refused(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path / "a", windows=32, valid=0)
+def test_a_split_without_windows_is_refused(made: Made) -> None:
+    cache = made(windows=32, valid=0)
     with pytest.raises(CacheMismatch, match=r"no window in split 'valid'; it has train \(32 win"):
         next(first_windows([cache], split="valid", windows=4, batch=2))
 
 
-def test_a_batch_must_divide_among_the_ranks(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path / "a")
+def test_a_batch_must_divide_among_the_ranks(made: Made) -> None:
+    cache = made()
     with pytest.raises(RecipeError, match=r"\[train\] batch = 10: must be a multiple of the 3"):
         Stream([cache], batch=10, seed=0, ranks=3)
 
 
-def test_damage_found_by_a_reading_thread_stops_the_training_thread(tmp_path: Path) -> None:
-    path = build_cache(tmp_path / "a", windows=96, part=32)
-    shard = path / "data.zarr" / "train" / "0" / "embedding" / "value" / "c" / "1" / "0" / "0"
-    data = bytearray(shard.read_bytes())
-    data[100] ^= 1
-    shard.write_bytes(data)
-    with Stream([Cache.open(path)], batch=8, seed=0) as stream, pytest.raises(CacheCorrupt):
-        list(islice(stream, 12))
-
-
-def test_closing_ends_the_threads(tmp_path: Path) -> None:
-    def readers() -> int:
-        return sum(thread.name.startswith("had-pipe-read") for thread in threading.enumerate())
-
-    cache = open_cache(tmp_path / "a")
-    before = readers()
-    with Stream([cache], batch=8, seed=0, threads=3) as stream:
-        next(stream)
-        assert readers() > before
-    assert readers() == before
-
-
-def test_waiting_is_counted_and_working_is_not(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path / "a")
+def test_waiting_is_counted_and_working_is_not(made: Made) -> None:
+    cache = made()
     with Stream([cache], batch=8, seed=0) as stream:
         begun = time.perf_counter()
         for _ in range(5):
@@ -262,17 +234,3 @@ def test_waiting_is_counted_and_working_is_not(tmp_path: Path) -> None:
             time.sleep(0.02)
         spent = time.perf_counter() - begun
         assert 0 < stream.wait_seconds <= spent - 0.1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gets_what_a_cpu_gets_and_batches_never_change(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path / "a", windows=96, part=32, views=2)
-    with Stream([cache], batch=20, seed=1) as stream:
-        here = list(islice(stream, 30))
-    with Stream([cache], batch=20, seed=1, device="cuda", prefetch=1) as stream:
-        there = list(islice(stream, 30))
-    for batch, again in zip(here, there, strict=True):
-        assert torch.equal(batch.kmer_id, again.kmer_id.cpu())
-        assert torch.equal(batch.mask, again.mask.cpu())
-        torch.testing.assert_close(batch.target, again.target.cpu(), rtol=1e-6, atol=1e-6)
