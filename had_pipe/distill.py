@@ -13,7 +13,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from had_pipe import __version__, checkpoint, run
-from had_pipe.cache import Cache
+from had_pipe.cache import Cache, open_cache
 from had_pipe.card import student_card, teacher_of
 from had_pipe.durable import make_folder, publish, storage, sync_tree
 from had_pipe.errors import (
@@ -85,14 +85,21 @@ class DistillSummary:
 def distill(
     recipe: Recipe,
     *,
-    caches: Sequence[Path] | None = None,
+    caches: Sequence[Path | str] | None = None,
+    mirror: Path | None = None,
+    mirror_nbytes: int | None = None,
     prefetch: int = PREFETCH,
+    direct: bool = False,
+    through_zarr: bool = False,
     device: str = "auto",
     report: Reporter = silent,
 ) -> DistillSummary:
     """Train the recipe's student from the recipe's cache, or from `caches`; go on where it stopped.
 
-    `prefetch` bounds the bytes read ahead, but for two batches; it changes nothing that is learnt.
+    A cache may be a URL, which is read by way of a mirror: a folder, `mirror`, that holds at most
+    `mirror_nbytes`. `prefetch` bounds the bytes read ahead, but for two batches. `direct` reads
+    past the page cache, `through_zarr` a store that another tool has laid out anew. None of these
+    changes what is learnt.
 
     Raises RunMismatch where the run's folder was begun by another recipe or cache, HeldError where
     another process trains into it, NonFiniteError at the first loss or gradient that is no number,
@@ -101,13 +108,37 @@ def distill(
     if recipe.train is None:
         raise RecipeError("missing table [train]: distill needs at least out, steps and batch")
     torch_device = _device(device)
-    sources = list(caches or [recipe.cache.folder])
+    sources = list(caches or [recipe.cache.path])
     if recipe.train.weights is not None and len(recipe.train.weights) != len(sources):
         raise RecipeError(
             f"[train] weights = {list(recipe.train.weights)}: {len(recipe.train.weights)} for "
             f"{len(sources)} caches; give one for each, in the order of --cache"
         )
-    opened = [Cache.open(source) for source in sources]
+    with ExitStack() as closing:
+        opened = [
+            closing.enter_context(
+                open_cache(
+                    source,
+                    mirror=mirror,
+                    mirror_nbytes=mirror_nbytes,
+                    direct=direct,
+                    through_zarr=through_zarr,
+                )
+            )
+            for source in sources
+        ]
+        return _distill(recipe, opened, torch_device, prefetch=prefetch, report=report)
+
+
+def _distill(
+    recipe: Recipe,
+    opened: Sequence[Cache],
+    torch_device: torch.device,
+    *,
+    prefetch: int,
+    report: Reporter,
+) -> DistillSummary:
+    assert recipe.train is not None
     require_alike(opened, space=recipe.objective.target)
     for cache in opened:
         require_split(cache, "train")
@@ -123,7 +154,7 @@ def distill(
     make_folder(out)
     with (
         held(out, lock=".lock", doing="training this run"),
-        Signals() as signals,
+        Signals(let_go=lambda: _close_mirrors(opened)) as signals,
         torch.random.fork_rng(_forked(torch_device)),
     ):
         training = _Run(
@@ -134,6 +165,13 @@ def distill(
             training.train()
             training.publish_student()
         return _summary(training, already_done=already_done)
+
+
+def _close_mirrors(caches: Sequence[Cache]) -> None:
+    """Whoever waits for a network then waits no more."""
+    for cache in caches:
+        if cache.mirror is not None:
+            cache.mirror.close()
 
 
 class _Run:
@@ -215,6 +253,8 @@ class _Run:
             "caches": [
                 {
                     "id": cache.id,
+                    # Never a local path, which would tell of this machine and its user.
+                    **({} if cache.mirror is None else {"url": cache.mirror.url}),
                     "plan": cache.plan.model_dump(mode="json"),
                     "fidelity": dict(cache.fidelity),
                 }

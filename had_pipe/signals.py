@@ -25,8 +25,10 @@ class Signals:
 
     _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
-    def __init__(self) -> None:
+    def __init__(self, let_go: Callable[[], None] | None = None) -> None:
+        """`let_go` makes other threads give up what they wait for; nothing is read after it."""
         self.caught: str | None = None
+        self._let_go = let_go
         self._waiting = False
 
     def __enter__(self) -> Signals:
@@ -46,6 +48,7 @@ class Signals:
             raise KeyboardInterrupt
         self.caught = signal.Signals(number).name
         if self._waiting:
+            self._release()
             raise Stopped
 
     def wait_for(self, get: Callable[[], _T]) -> _T:
@@ -53,6 +56,7 @@ class Signals:
         self._waiting = True
         try:
             if self.caught:
+                self._release()
                 raise Stopped
             return get()
         finally:
@@ -61,6 +65,13 @@ class Signals:
     def stop(self, where: str) -> None:
         """Raise Interrupted if a signal came."""
         if self.caught:
+            self._release()
             raise Interrupted(
                 f"stopped by {self.caught} {where}: run the same command again to go on"
             )
+
+    def _release(self) -> None:
+        if self._let_go is not None:
+            # In a thread: whoever was interrupted may hold a lock that this needs.
+            threading.Thread(target=self._let_go, daemon=True).start()
+            self._let_go = None

@@ -71,8 +71,8 @@ def open_cache(
     if not is_url(source):
         return Cache.open(Path(source), check=check, through_zarr=through_zarr, direct=direct)
     assert isinstance(source, str)
-    folder = mirror or Path(os.environ.get("HAD_PIPE_MIRROR") or "~/.cache/had-pipe/mirror")
-    opened = Mirror(source, folder=folder.expanduser(), limit_nbytes=mirror_nbytes)
+    folder = (mirror or mirror_folder()).expanduser()
+    opened = Mirror(source, folder=folder, limit_nbytes=mirror_nbytes)
     try:
         if through_zarr:
             raise RecipeError(
@@ -84,6 +84,19 @@ def open_cache(
     except BaseException:
         opened.close()
         raise
+
+
+def mirror_folder() -> Path:
+    """The folder of all mirrors, where no other is named."""
+    return Path(os.environ.get("HAD_PIPE_MIRROR") or "~/.cache/had-pipe/mirror").expanduser()
+
+
+def mirror_usage(folder: Path) -> tuple[int, int]:
+    """How many caches have objects in a folder of mirrors, and how many bytes these are."""
+    if not folder.is_dir():
+        return 0, 0
+    caches = [cache for cache in folder.iterdir() if _CACHE_ID.fullmatch(cache.name)]
+    return len(caches), sum(entry.nbytes for cache in caches for entry in _files(cache))
 
 
 @dataclass(frozen=True)

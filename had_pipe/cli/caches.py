@@ -30,6 +30,7 @@ from had_pipe.cli.shown import (
     print_facts,
     print_json,
     reporter,
+    say_next,
 )
 from had_pipe.errors import CacheCorrupt, CacheIncomplete, RecipeError
 from had_pipe.sizes import size
@@ -51,7 +52,7 @@ class Level(StrEnum):
 
 @answering
 def inspect(
-    path: CacheArgument,
+    path: Annotated[str, typer.Argument(metavar="PATH_OR_URL", help="The cache's folder, or URL.")],
     locus: Annotated[
         str | None,
         typer.Option(
@@ -64,17 +65,29 @@ def inspect(
     """Say what a cache is.
 
     Teacher, genomes, windows, splits, codec, fidelity, size, licence, and whether it is finished.
+    Of a cache behind a URL only the small files that tell are downloaded.
     """
-    from had_pipe.cache import Cache
-    from had_pipe.cache.integrity import missing_parts
+    from had_pipe.cache import Cache, open_cache
+    from had_pipe.cache.remote import is_url
 
-    cache = Cache.open(path, incomplete=True)
-    if locus is not None:
-        _inspect_locus(cache, locus, as_json=as_json)
-        return
-    missing = len(missing_parts(path, cache.plan))
+    with open_cache(path) if is_url(path) else Cache.open(Path(path), incomplete=True) as cache:
+        if locus is None:
+            _inspect_whole(cache, path, as_json=as_json)
+        else:
+            _inspect_locus(cache, locus, as_json=as_json)
+
+
+def _inspect_whole(cache: Cache, named: str, *, as_json: bool) -> None:
+    from had_pipe.cache.integrity import missing_parts
+    from had_pipe.cache.layout import MANIFEST
+
     parts = sum(1 for _ in cache.plan.parts())
-    nbytes = _nbytes_below(path)
+    if cache.mirror is None:
+        missing = len(missing_parts(cache.path, cache.plan))
+        nbytes = _nbytes_below(cache.path)
+    else:
+        named = cache.mirror.url
+        missing, nbytes = 0, cache.nbytes + (cache.path / MANIFEST).stat().st_size
     if as_json:
         print_json(
             {
@@ -98,7 +111,7 @@ def inspect(
         )
     print_facts(
         [
-            ("cache", str(path)),
+            ("cache", named),
             ("state", state),
             ("id" if cache.sealed else "plan id", cache.id),
             *_plan_facts(cache),
@@ -229,6 +242,41 @@ def _plan_facts(cache: Cache) -> list[tuple[str, str]]:
         facts.append(("source", f"recoded from {plan.source.codec}, cache {plan.source.cache}"))
     reason = f" ({plan.licence_reason})" if plan.licence_reason else ""
     return [*facts, ("licence", f"{plan.licence}{reason}; students inherit it")]
+
+
+@answering
+def fetch(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="The cache's URL: http, https, s3, gs or az.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.")],
+) -> None:
+    """Copy a cache from a URL into a folder.
+
+    Every byte is held against the manifest; the folder appears when all of it is there. Run the
+    same command again to continue.
+    """
+    from had_pipe.cache.fetch import fetch_cache
+
+    with reporter() as report:
+        begun = time.monotonic()
+        fetched = fetch_cache(url, folder, report=report)
+    if fetched.made:
+        done = (
+            f"{count(fetched.made, 'object')} of {fetched.total:,} in "
+            f"{duration(time.monotonic() - begun)}"
+        )
+    else:
+        done = f"nothing was left to do: all {count(fetched.total, 'object')} were there"
+    print_facts(
+        [
+            ("cache", str(fetched.path)),
+            ("id", fetched.cache_id),
+            ("fetched", done),
+            ("size", size(fetched.nbytes)),
+        ]
+    )
+    say_next(f"had-pipe distill RECIPE --cache {fetched.path}")
 
 
 @answering

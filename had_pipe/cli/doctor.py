@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from had_pipe import __version__
 from had_pipe.cli.arguments import JsonOption
-from had_pipe.cli.shown import answering, print_facts, print_json
+from had_pipe.cli.shown import answering, count, print_facts, print_json
 from had_pipe.sizes import size
 
 _PACKAGES = ("torch", "transformers", "safetensors", "zarr", "numpy", "pydantic")
@@ -14,6 +14,7 @@ _EXTRA_PACKAGES = {
     "py2bit": "extract",
     "dask": "extract",
     "distributed": "extract",
+    "obstore": "remote",
     "flash-linear-attention": "cuda",
     "triton": "cuda",
 }
@@ -23,13 +24,14 @@ _EXTRA_PACKAGES = {
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine has.
 
-    Versions, devices, and which kernels run and why.
+    Versions, devices, which kernels run and why, and what is kept of caches behind URLs.
     """
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
+    from had_pipe.cache.mirror import mirror_folder, mirror_usage
     from had_pipe.students.delta_rule import kernel
 
     found: dict[str, str | None] = {}
@@ -47,6 +49,8 @@ def doctor(as_json: JsonOption = False) -> None:
     for device in ("cpu", *devices):
         chosen = kernel(device)
         kernels[device] = {"name": chosen.name, "reason": chosen.reason}
+    folder = mirror_folder()
+    caches, held = mirror_usage(folder)
     if as_json:
         print_json(
             {
@@ -57,6 +61,7 @@ def doctor(as_json: JsonOption = False) -> None:
                 "threads": torch.get_num_threads(),
                 "devices": devices,
                 "delta_rule": kernels,
+                "mirror": {"folder": str(folder), "caches": caches, "nbytes": held},
             }
         )
         return
@@ -76,5 +81,6 @@ def doctor(as_json: JsonOption = False) -> None:
                 ("delta rule", f"{k['name']} on {device}: {k['reason']}")
                 for device, k in kernels.items()
             ),
+            ("mirror", f"{folder}, {size(held)} of {count(caches, 'cache')}"),
         ]
     )

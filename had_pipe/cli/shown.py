@@ -86,6 +86,7 @@ _EXTRA_OF_MODULE = {
     "py2bit": "extract",
     "dask": "extract",
     "distributed": "extract",
+    "obstore": "remote",
 }
 
 

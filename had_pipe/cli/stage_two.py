@@ -17,31 +17,87 @@ from had_pipe.cli.shown import (
     reporter,
     say_next,
 )
+from had_pipe.sizes import parse_size
 
 
 @answering
 def distill(
     recipe: RecipeArgument,
     cache: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
-            metavar="PATH",
+            metavar="PATH_OR_URL",
             help="Take this cache instead of the recipe's; repeat it to train on several.",
         ),
     ] = None,
+    mirror: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where objects of a cache behind a URL are kept; $HAD_PIPE_MIRROR unless said, "
+            "or else ~/.cache/had-pipe/mirror.",
+        ),
+    ] = None,
+    mirror_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="How much that folder may hold, such as 200GB: beyond it, what was used longest "
+            "ago is dropped. Nine tenths of the free room unless said.",
+        ),
+    ] = None,
+    prefetch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="How much is read ahead of training, such as 2GB; 256MiB unless said. Two batches "
+            "are held in any case: 1,024 windows of 1 kb under a teacher of 1,024 channels are "
+            "150 MB each.",
+        ),
+    ] = None,
+    direct: Annotated[
+        bool,
+        typer.Option(
+            "--direct", help="Read past the page cache, for disks that are faster than it."
+        ),
+    ] = False,
+    through_zarr: Annotated[
+        bool,
+        typer.Option(
+            "--through-zarr",
+            help="Read embeddings through zarr-python, from a cache whose data.zarr another tool "
+            "has laid out anew: slow, and only for stores whose maker you trust.",
+        ),
+    ] = False,
     device: DeviceOption = Device.AUTO,
 ) -> None:
     """Stage two: train a student.
 
-    The same command starts, continues after a stop, and says when nothing is left.
+    The same command starts, continues after a stop, and says when nothing is left. A cache may be
+    a URL (http, https, s3, gs, az): it is then kept in a local folder as it is read.
     """
     from had_pipe.recipe import read_recipe
 
     asked = read_recipe(recipe)
+    sizes = {
+        option: None if text is None else parse_size(text, option=option)
+        for option, text in (("--mirror-size", mirror_size), ("--prefetch", prefetch))
+    }
+    from had_pipe.distill import PREFETCH
     from had_pipe.distill import distill as train
 
     with reporter() as report:
-        made = train(asked, caches=cache or None, device=device.value, report=report)
+        made = train(
+            asked,
+            caches=cache or None,
+            mirror=mirror,
+            mirror_nbytes=sizes["--mirror-size"],
+            prefetch=sizes["--prefetch"] or PREFETCH,
+            direct=direct,
+            through_zarr=through_zarr,
+            device=device.value,
+            report=report,
+        )
     from had_pipe.report import verdicts
     from had_pipe.run import read_run
 
