@@ -212,7 +212,7 @@ class Remote:
             if failures == _ATTEMPTS:
                 raise NetworkError(
                     f"{self.url}/{key}: {failed} (after {_ATTEMPTS} attempts); run the same "
-                    "command again once the server answers: what has come is kept"
+                    "command again once the server answers: objects that have come are kept"
                 ) from None
             self.retries += 1
             pause = self._pause * 2 ** (failures - 1) * self._jitter.uniform(0.5, 1.5)
@@ -311,6 +311,7 @@ class _Http:
             self._headers["Authorization"] = _basic(parts.username, parts.password)
         self._idle: list[http.client.HTTPConnection] = []
         self._busy: set[http.client.HTTPConnection] = set()
+        self._closed = False
         self._lock = threading.Lock()
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._proxy = _proxy(parts.scheme, parts.hostname)
@@ -328,7 +329,8 @@ class _Http:
         whole = False
         try:
             yield self._body(response, start)
-            whole = response.length == 0 or response.isclosed()
+            # None where it comes in pieces that tell themselves which is the last.
+            whole = response.length == 0 or (response.length is None and response.isclosed())
         finally:
             response.close()
             if whole and not response.will_close:
@@ -338,6 +340,7 @@ class _Http:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             for connection in self._busy:
                 _hang_up(connection)
             for connection in self._idle:
@@ -482,7 +485,10 @@ class _Http:
     def _keep(self, connection: http.client.HTTPConnection) -> None:
         with self._lock:
             self._busy.discard(connection)
-            self._idle.append(connection)
+            if not self._closed:
+                self._idle.append(connection)
+                return
+        connection.close()
 
     def _drop(self, connection: http.client.HTTPConnection) -> None:
         with self._lock:
