@@ -377,6 +377,22 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert_same_run(tmp_path / "run", straight)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [{"prefetch": 1}, {"prefetch": 1 << 30}, {"direct": True}, {"through_zarr": True}],
+    ids=str,
+)
+def test_how_a_cache_is_read_changes_nothing_that_is_learnt(
+    tmp_path: Path, cache: Path, straight: DistillSummary, how: dict[str, Any]
+) -> None:
+    try:
+        distill(a_recipe(cache, tmp_path / "run"), **how)
+    except StorageError as refused:
+        assert "direct" in how
+        pytest.skip(str(refused))
+    assert_same_run(tmp_path / "run", straight)
+
+
 def test_a_finished_run_says_so_and_redoes_nothing(cache: Path, straight: DistillSummary) -> None:
     def stamps() -> dict[Path, int]:
         files = [p for p in straight.run.rglob("*") if p.is_file() and not p.name.startswith(".")]
