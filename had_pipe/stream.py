@@ -34,7 +34,9 @@ from had_pipe.order import Corpus, Mix
 __all__ = ["Arrays", "Batch", "Space", "Span", "Stream", "StreamStats", "first_windows"]
 
 _PLANNED = 1 << 12
-"""Windows planned in one go."""
+"""Windows planned in one go, about."""
+_PLANNED_BATCHES = 64
+"""And batches, at most."""
 
 
 class Stream:
@@ -239,7 +241,7 @@ class _Plans:
         self._share = batch // ranks
         self._views, self._rows = views, rows
         self._start = self._position = start
-        self._at_once = max(1, _PLANNED // self._share)
+        self._at_once = max(1, min(_PLANNED_BATCHES, _PLANNED // self._share))
         self._planned: deque[Plan] = deque()
 
     def __iter__(self) -> Iterator[Plan]:

@@ -28,9 +28,9 @@ from hypothesis import strategies as st
 from small_cache import build_cache
 
 from had_pipe import feed
-from had_pipe.cache import Cache
+from had_pipe.cache import Cache, Part
 from had_pipe.dna import kmers
-from had_pipe.errors import CacheCorrupt
+from had_pipe.errors import CacheCorrupt, CacheMismatch
 from had_pipe.order import Corpus, Mix
 from had_pipe.stream import Arrays, Batch, Stream
 
@@ -132,27 +132,33 @@ def test_a_run_may_change_its_number_of_ranks_at_any_batch(made: Made) -> None:
     assert len({window[1] for batch in alone for window in batch}) >= 2  # epochs
 
 
+KINDS: list[dict[str, Any]] = [
+    {"windows": 50, "part": 16, "views": 2},
+    {"windows": 33, "part": 8, "seed": 1, "statistics_seed": 3},
+    {"windows": 1, "part": 1, "seed": 2, "views": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def several(made: Made) -> list[Cache]:
+    return [made(**kind) for kind in KINDS]
+
+
 @given(data=st.data())
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_stream_gives_what_stands_at_its_places_of_the_order(
-    made: Made, data: st.DataObject
+    several: list[Cache], data: st.DataObject
 ) -> None:
-    kinds: list[dict[str, Any]] = [
-        {"windows": 50, "part": 16, "views": 2},
-        {"windows": 33, "part": 8, "seed": 1, "statistics_seed": 3},
-        {"windows": 1, "part": 1, "seed": 2, "views": 2},
-    ]
-    kinds = data.draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3, unique_by=repr))
+    caches = data.draw(st.permutations(several))[: data.draw(st.integers(1, 3))]
     weights = data.draw(st.none() | st.lists(st.integers(1, 9), min_size=3, max_size=3))
-    weights = weights and weights[: len(kinds)]
+    weights = weights and weights[: len(caches)]
     ranks = data.draw(st.integers(1, 4))
     rank = data.draw(st.integers(0, ranks - 1))
     batch = ranks * data.draw(st.integers(1, 20))
     seed = data.draw(st.integers(0, 2**40))
     start = data.draw(st.integers(0, 90))
-    caches = [made(**kind) for kind in kinds]
     every = [whole(cache) for cache in caches]
     mix = Mix([Corpus(c.rows("train"), c.plan.part) for c in caches], seed=seed, weights=weights)
     with Stream(
@@ -341,6 +347,70 @@ def test_memory_stays_flat_for_minutes(tmp_path: Path) -> None:
     assert abs(slope) < (1 << 20) / 60
 
 
+def test_caches_are_told_what_will_be_read_before_it_is(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = made(windows=96, part=32, views=2)
+    told: list[str] = []
+    advise, read = cache.advise, cache.read
+
+    def advised(split: str, view: int, rows: Any) -> None:
+        told.extend(f"advise {split} {view} {row}" for row in rows)
+        advise(split, view, rows)
+
+    def reading(split: str, view: int, rows: Any, out: Any) -> None:
+        told.extend(f"read {split} {view} {row}" for row in rows)
+        read(split, view, rows, out)
+
+    monkeypatch.setattr(cache, "advise", advised)
+    monkeypatch.setattr(cache, "read", reading)
+    with Stream([cache], batch=12, seed=0, threads=1, prefetch=20_000) as stream:
+        # One epoch of each view: what is told in it is told once.
+        list(islice(stream.arrays(), 16 - 4))
+    when = {line: i for i, line in reversed(list(enumerate(told)))}
+    for line, i in when.items():
+        if line.startswith("read"):
+            assert when[line.replace("read", "advise")] < i
+
+
+def test_a_mirror_is_told_the_parts_in_the_order_in_which_they_are_needed(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = [made(windows=200, part=16, views=2), made(windows=90, part=16, seed=1, views=2)]
+    told: list[list[Any]] = [[], []]
+    for cache, heard in zip(caches, told, strict=True):
+        monkeypatch.setattr(cache, "coming", heard.append)
+    stream = Stream(caches, batch=10, seed=0, start=9, weights=[2, 1])
+    coming = [list(islice(heard[0], 20)) for heard in told]
+    needed: list[list[Part]] = [[], []]
+    for position in range(9, 40):
+        # Within a batch the order does not matter to a reader, but to nobody else either.
+        places = stream.order.at(position * 10, 10)
+        for cache_, epoch, row in zip(places.cache_P, places.epoch_P, places.row_P, strict=True):
+            part = Part("train", int(epoch) % 2, int(row) // 16)
+            if part not in needed[cache_]:
+                needed[cache_].append(part)
+    for heard, wanted in zip(coming, needed, strict=True):
+        assert heard[: len(wanted)] == wanted[:20]
+    stream.close()
+    assert [list(heard[-1]) for heard in told] == [[], []]
+
+
+def test_a_stream_closes_what_it_opened_and_nothing_else(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Path] = []
+    monkeypatch.setattr(Cache, "close", lambda cache: closed.append(cache.path))
+    mine, other = made(windows=96, part=32), made(seed=5)
+    stream = Stream([mine, other.path], batch=8, seed=0)
+    next(stream)
+    stream.close()
+    assert closed == [other.path]
+    with pytest.raises(CacheMismatch, match="no window in split 'test'"):
+        Stream([mine, other.path], batch=8, seed=0, split="test")
+    assert closed == [other.path] * 2
+
+
 # When something goes wrong
 
 
@@ -379,6 +449,24 @@ def test_a_readers_error_is_raised_in_its_batchs_turn_and_again(
 
 def windows_of_spans(stream: Stream, position: int) -> list[Window]:
     return [(s.cache, s.epoch, row) for s in stream.spans(position) for row in s.row.tolist()]
+
+
+def test_what_is_missing_is_said_no_sooner_than_it_is_needed(tmp_path: Path) -> None:
+    # Caches are told what comes many batches ahead, and open it then.
+    path = build_cache(tmp_path / "a", windows=512, part=32)
+    cache = Cache.open(path)
+    with Stream([cache], batch=8, seed=0) as stream:
+        first: dict[int, int] = {}
+        for position in range(64):
+            for _, _, row in windows_of_spans(stream, position):
+                first.setdefault(row // 32, position)
+        shard, needed = max(first.items(), key=lambda item: item[1])
+        assert needed > 8
+        (path / f"data.zarr/train/0/embedding/value/c/{shard}/0/0").unlink()
+        for position in range(needed):
+            assert next(stream).position == position
+        with pytest.raises(CacheCorrupt, match=f"c/{shard}/0/0 cannot be opened"):
+            next(stream)
 
 
 def test_an_error_of_the_order_reaches_the_caller(
