@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import cache
 from io import StringIO
 from itertools import product
 from pathlib import Path
@@ -32,7 +33,7 @@ from transformers import (
 from had_pipe.dna.kmers import KMERS, group_masks, spell
 from had_pipe.errors import InputError, RecipeError
 from had_pipe.teachers.masked_lm import read_vocabulary
-from had_pipe.teachers.teacher import Teacher, load_teacher
+from had_pipe.teachers.teacher import load_teacher
 
 SPECIALS = ["<unk>", "<pad>", "<mask>", "<cls>", "<eos>", "<bos>"]
 LAYERS = 3
@@ -143,6 +144,25 @@ def save_model(folder: Path, config: Any, *, shard: str = "1GB") -> None:
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
 
 
+TINY_STUDENT = """
+[student]
+hidden_size = 32
+layers = 1
+gdn_heads = 2
+head_dim = 16
+expand_v = 1
+attention_heads = 2
+mlp = 32
+
+[train]
+out = "run"
+steps = 4
+batch = 8
+validate_every = 4
+validation_windows = 8
+checkpoint_every = 4
+"""
+
 FAMILIES: dict[str, tuple[Callable[[Path], None], int]] = {
     "esm": (esm, 6),
     "bert": (bert, 1),
@@ -171,7 +191,13 @@ an_esm = pytest.mark.parametrize("family_folder", ["esm"], indirect=True, ids=["
 a_bert = pytest.mark.parametrize("family_folder", ["bert"], indirect=True, ids=["bert"])
 
 
-def load(folder: Path, *, layer: int = -1) -> Teacher:
+@cache
+def loaded(folder: Path, layer: int = -1) -> Any:
+    """A teacher that no test changes, loaded once."""
+    return load(folder, layer=layer)
+
+
+def load(folder: Path, *, layer: int = -1) -> Any:
     return load_teacher(str(folder), revision=None, layer=layer, device="cpu", offline=True)
 
 
@@ -221,7 +247,7 @@ def test_vectors_are_those_of_transformers_own_forward(
         feat = states.last_hidden_state if layer == -1 else states.hidden_states[layer]
         per_token = feat[:, first : first + 17 * pieces].double().numpy()
         expected = per_token.reshape(3, 17, pieces, -1).mean(2)
-        found = load(folders[family], layer=layer).embed(kmer_id_WT, hidden_WT).numpy()
+        found = loaded(folders[family], layer).embed(kmer_id_WT, hidden_WT).numpy()
         assert found.dtype == np.float32
         if layer == LAYERS and family in ("esm", "modernbert"):
             # These put the last block's output through the final norm before they list it.
@@ -259,7 +285,7 @@ def test_what_it_knows_of_hidden_kmers_is_what_its_own_head_says(
         )
         for w, t in np.argwhere(hidden_WT)
     ]
-    teacher = load(folders[family], layer=1)
+    teacher = loaded(folders[family], 1)
     found = teacher.masked_loss(kmer_id_WT, hidden_WT)
     assert teacher.token_bases == bases
     assert found.shape == (15,)
@@ -268,7 +294,7 @@ def test_what_it_knows_of_hidden_kmers_is_what_its_own_head_says(
 
 @one_of_each
 def test_it_says_what_it_is(folders: dict[str, Path], family: str) -> None:
-    teacher = load(folders[family], layer=2)
+    teacher = loaded(folders[family], 2)
     assert (teacher.name, teacher.revision) == (folders[family].name, None)
     assert (teacher.k, teacher.channels, teacher.layer) == (6, 24, 2)
     assert (teacher.licence, teacher.dtype) == ("Apache-2.0", "float32")
@@ -281,7 +307,7 @@ def test_it_says_what_it_is(folders: dict[str, Path], family: str) -> None:
 def test_the_longest_window_is_as_long_as_the_positions_allow(
     folders: dict[str, Path], family: str
 ) -> None:
-    teacher = load(folders[family])
+    teacher = loaded(folders[family])
     assert teacher.context == CONTEXT
     kmer_id_WT, hidden_WT = some_windows(1, CONTEXT)
     assert bool(torch.isfinite(teacher.embed(kmer_id_WT, hidden_WT)).all())
@@ -289,7 +315,7 @@ def test_the_longest_window_is_as_long_as_the_positions_allow(
 
 @one_of_each
 def test_what_stands_under_a_mask_changes_nothing(folders: dict[str, Path], family: str) -> None:
-    teacher = load(folders[family])
+    teacher = loaded(folders[family])
     kmer_id_WT, hidden_WT = some_windows(2, 12)
     other_WT = np.where(hidden_WT, kmer_id_WT[:, ::-1] ^ 77, kmer_id_WT).astype(np.uint16)
     assert torch.equal(teacher.embed(kmer_id_WT, hidden_WT), teacher.embed(other_WT, hidden_WT))
@@ -301,7 +327,7 @@ def test_what_stands_under_a_mask_changes_nothing(folders: dict[str, Path], fami
 def test_at_one_batch_shape_a_window_has_the_same_bits_whatever_is_beside_it(
     folders: dict[str, Path], family: str
 ) -> None:
-    teacher = load(folders[family])
+    teacher = loaded(folders[family])
     kmer_id_WT, hidden_WT = some_windows(16, 12)
     together = teacher.embed(kmer_id_WT, hidden_WT)
     filled = np.full(16, 5)
@@ -351,8 +377,62 @@ def test_cuda_in_bfloat16_stays_close_to_the_cpu(folders: dict[str, Path], famil
     there = teacher.embed(kmer_id_WT, hidden_WT)
     assert teacher.dtype == "bfloat16"
     assert there.dtype == torch.bfloat16
-    here = load(folders[family]).embed(kmer_id_WT, hidden_WT)
+    here = loaded(folders[family]).embed(kmer_id_WT, hidden_WT)
     assert float(torch.cosine_similarity(here, there.cpu().float(), dim=-1).min()) > 0.998
+
+
+# --- the whole way -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", pytest.param("esm", marks=pytest.mark.slow)])
+def test_both_stages_and_an_audit_run_with_it(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    from had_pipe.audit import audit
+    from had_pipe.cache import Cache, integrity
+    from had_pipe.distill import distill
+    from had_pipe.extract import extract
+    from had_pipe.recipe import read_recipe
+
+    letters = "".join(np.random.default_rng(2).choice(list("ACGT"), 9_000))
+    (tmp_path / "g.fa").write_text(f">one\n{letters}\n")
+    (tmp_path / "x.toml").write_text(
+        f"""
+[teacher]
+name = {json.dumps(str(folders[family]))}
+layer = 2
+unchecked = true
+
+[[genome]]
+name = "g"
+path = "g.fa"
+splits = {{ blocks = 1_500, valid = 0.2 }}
+
+[windows]
+bases = 120
+stride = 120
+
+[cache]
+path = "cache"
+codec = "exact"
+part = 16
+{TINY_STUDENT}
+"""
+    )
+    recipe = read_recipe(tmp_path / "x.toml")
+    made = extract(recipe, device="cpu")
+    assert made.cache_id is not None
+    assert integrity.verify(tmp_path / "cache").problems == ()
+
+    plan = Cache.open(tmp_path / "cache").plan
+    assert (plan.teacher.channels, plan.teacher.layer) == (24, 2)
+    assert plan.licence == "Apache-2.0"
+    assert plan.teacher.weights_sha256 == loaded(folders[family]).weights_sha256
+
+    found = audit(tmp_path / "cache", recipe, windows=12, device="cpu")
+    assert (found.passed, found.bytes_expected, found.equal_windows) == (True, True, 12)
+    summary = distill(recipe, device="cpu")
+    assert summary.steps == 4
 
 
 # --- tokens --------------------------------------------------------------------------------------
