@@ -659,6 +659,11 @@ def test_a_device_makes_of_what_is_stored_what_numpy_makes(
             assert_alike(arrays, batch, kind["codec"])
 
 
+# torch's compiler uses what torch says not to use any more.
+compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@compiles
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", CODECS)
@@ -702,6 +707,7 @@ def test_where_nothing_can_be_compiled_decoding_is_as_it_was_and_says_so_once(
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+@compiles
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("kind", CODECS)
@@ -721,6 +727,7 @@ def test_a_gpu_gets_what_a_cpu_gets(made: Made, kind: dict[str, Any]) -> None:
             )
 
 
+@compiles
 @pytest.mark.gpu
 @needs_cuda
 def test_a_slow_gpu_does_not_see_slots_written_again(made: Made) -> None:
@@ -739,6 +746,7 @@ def test_a_slow_gpu_does_not_see_slots_written_again(made: Made) -> None:
         torch.testing.assert_close(target, again.cpu(), rtol=1e-5, atol=2e-5)
 
 
+@compiles
 @pytest.mark.gpu
 @needs_cuda
 def test_the_host_waits_for_no_gpu_once_a_stream_runs(made: Made) -> None:
