@@ -1,8 +1,10 @@
 """What benchmarks/stream.py measured, as text, as the tables of docs/benchmarks.md and its plot.
 
-    python benchmarks/stream_report.py RESULT [--svg docs/img/stream.svg]
+    python benchmarks/stream_report.py RESULT [RESULT ...] [--page docs/benchmarks.md]
 
-RESULT holds what `stream.py --json` printed: its last line is taken.
+RESULT holds what `stream.py --json` printed: its last line is taken. With --page the tables are
+put into the page, between its lines `<!-- stream: begin -->` and `<!-- stream: end -->`, and the
+plot of the first result into img/stream.svg beside it; without, they are printed.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ GOALS = {"stream": "0.90", "stream, always": "0.60"}
 def tables(result: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """Captions, and rows of cells under a first row of headings."""
     found: list[tuple[str, list[list[str]]]] = []
-    for name, section in result.get("local", {}).items():
+    for name, part in result.get("local", {}).items():
         rows = [["reader", "GB/s", "CPU s a GB", "against raw read", "range", "goal"]]
-        for reader, told in section["against_raw_read"].items():
+        for reader, told in part["against_raw_read"].items():
             rows.append([reader, *_rates(told), *_ratio(told), _goal(name, reader)])
-        held = section.get("still_in_memory")
+        held = part.get("still_in_memory")
         note = "" if held is None else f", {held:.1%} of the files still in memory"
-        found.append((f"{name}, {section['buffers']} buffers{note}", rows))
+        found.append((f"{name}, {part['buffers']} buffers{note}", rows))
     if "peers" in result:
         rows = [["loader", "GB/s", "CPU s a GB", "the stream is faster", "range", "versions"]]
         for peer, told in sorted(result["peers"].items(), key=lambda item: item[1]["ratio"]):
@@ -44,9 +46,9 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
             rows.append([device, str(told["batch"]), *seconds, *ratio, share])
         found.append(("training steps", rows))
     if "remote" in result:
-        section = result["remote"]
+        part = result["remote"]
         rows = [["link", "plain GETs, GB/s", "first epoch", "second epoch", "of a local cache's"]]
-        for link, told in section["links"].items():
+        for link, told in part["links"].items():
             first, second = told["first epoch"], told["second epoch"]
             rows.append(
                 [
@@ -57,16 +59,14 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
                     f"{second['ratio_local']:.2f}",
                 ]
             )
-        caption = f"{section['objects']:,} objects, {section['latency_seconds'] * 1e3:.0f} ms each"
+        caption = f"{part['objects']:,} objects, {part['latency_seconds'] * 1e3:.0f} ms each"
         found.append((f"behind a link, {caption}", rows))
     if "growth" in result:
-        section = result["growth"]
+        part = result["growth"]
         rows = [["shards", "ms a batch"]]
-        rows += [[n, f"{s * 1e3:.2f}"] for n, s in section["batch_seconds"].items()]
-        ratio = f"100 against 10: {section['ratio_100_to_10']:.2f}"
-        caption = (
-            f"batches of {section['batch']} small windows ({section['window_nbytes']:,} bytes)"
-        )
+        rows += [[n, f"{s * 1e3:.2f}"] for n, s in part["batch_seconds"].items()]
+        ratio = f"100 against 10: {part['ratio_100_to_10']:.2f}"
+        caption = f"batches of {part['batch']} small windows ({part['window_nbytes']:,} bytes)"
         found.append((f"{caption}; {ratio}", rows))
     return found
 
@@ -174,16 +174,48 @@ def _described(found: Iterable[tuple[str, float, str]]) -> str:
     return "; ".join(f"{name} {value:.3f}" for name, value, _ in found)
 
 
+def section(results: Sequence[dict[str, Any]]) -> str:
+    """All that a page says of some results."""
+    return "\n\n".join(
+        soaked(result) if result["benchmark"] == "stream, soak" else markdown(result)
+        for result in results
+    )
+
+
+def soaked(result: dict[str, Any]) -> str:
+    per_minute = result["rss_slope_bytes_per_minute"]
+    first, most, before = (result[f"rss_{key}"] / 1e6 for key in ("settled", "most", "before"))
+    return (
+        f"Soak of {result['seconds'] / 60:.1f} minutes: {result['batches']:,} decoded batches, "
+        f"{result['gigabytes']:.0f} GB as stored. The process held {before:.0f} MB before, "
+        f"{first:.0f} MB once it had settled, {most:.0f} MB at most, of which it may read ahead "
+        f"{result['prefetch_nbytes'] / 1e6:.0f} MB; the line through it rises by "
+        f"{per_minute / 1e6:+.2f} MB a minute. Commit {result['commit']}."
+    )
+
+
+def put(page: str, told: str) -> str:
+    """A page with what stands between the two marks replaced."""
+    before, begin, rest = page.partition("<!-- stream: begin -->\n")
+    _, end, after = rest.partition("<!-- stream: end -->")
+    if not (begin and end):
+        raise SystemExit("the page has no lines <!-- stream: begin --> and <!-- stream: end -->")
+    return f"{before}{begin}{told}\n{end}{after}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Tables and a plot of benchmarks/stream.py.")
-    parser.add_argument("result", type=Path, help="what `stream.py --json` printed")
-    parser.add_argument("--svg", type=Path, help="where to draw the plot")
+    parser.add_argument("results", type=Path, nargs="+", help="what `stream.py --json` printed")
+    parser.add_argument("--page", type=Path, help="where to put tables and plot")
     chosen = parser.parse_args(arguments)
-    result = json.loads(chosen.result.read_text("utf-8").strip().splitlines()[-1])
-    print(markdown(result))
-    if chosen.svg is not None:
-        chosen.svg.parent.mkdir(parents=True, exist_ok=True)
-        chosen.svg.write_text(svg(result), "utf-8")
+    results = [json.loads(p.read_text("utf-8").strip().splitlines()[-1]) for p in chosen.results]
+    if chosen.page is None:
+        print(section(results))
+        return
+    plot = chosen.page.parent / "img" / "stream.svg"
+    plot.parent.mkdir(exist_ok=True)
+    plot.write_text(svg(results[0]), "utf-8")
+    chosen.page.write_text(put(chosen.page.read_text("utf-8"), section(results)), "utf-8")
 
 
 if __name__ == "__main__":
