@@ -109,7 +109,12 @@ class FaultyServer:
         etag = fault.etag or f'"{hashlib.md5(path.read_bytes()).hexdigest()}"'
         start, status = 0, 200
         asked = request.headers.get("Range")
-        headers = {"ETag": etag, "Accept-Ranges": "bytes", **fault.headers}
+        headers = {
+            "ETag": etag,
+            "Accept-Ranges": "bytes",
+            "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT",
+            **fault.headers,
+        }
         if asked and request.headers.get("If-Range") == etag:
             start, status = int(asked.removeprefix("bytes=").rstrip("-")), 206
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"

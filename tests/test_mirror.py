@@ -10,13 +10,14 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,14 @@ def server(cache: Path) -> Iterator[FaultyServer]:
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith(("AWS_", "HAD_PIPE_")):
+        if name.lower().endswith("_proxy") or name.startswith(
+            ("AWS_", "GOOGLE_", "AZURE_", "HAD_")
+        ):
             monkeypatch.delenv(name)
 
 
 def mirrored(server: FaultyServer, folder: Path, **options: Any) -> Mirror:
-    return Mirror(server.url, folder=folder, **{"patience": 0.4, "pause": 0.01, **options})
+    return Mirror(server.url, folder=folder, **{"patience": 10.0, "pause": 0.01, **options})
 
 
 def contents(mirror: Mirror, key: str) -> bytes:
@@ -196,7 +199,8 @@ def test_what_passes_is_borne(
     cache: Path, server: FaultyServer, tmp_path: Path, faults: list[Fault], retries: int
 ) -> None:
     server.faults[SHARD] = list(faults)
-    with closing(mirrored(server, tmp_path)) as mirror:
+    silent = any(fault.stall_after or fault.drip_seconds for fault in faults)
+    with closing(mirrored(server, tmp_path, patience=0.5 if silent else 10.0)) as mirror:
         assert contents(mirror, SHARD) == (cache / SHARD).read_bytes()
         assert mirror.stats().retries == retries
     assert not server.faults[SHARD]
@@ -297,6 +301,44 @@ def test_a_server_that_drips_for_ever_is_given_up(server: FaultyServer, tmp_path
         with pytest.raises(NetworkError, match=r"only .* bytes came in|nothing came for"):
             mirror.open(SHARD)
         assert server.count(SHARD) == 6
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (b"HTTP/1.1 100 Continue\r\n\r\n",),
+        (b"HTTP/1.1 200 OK\r\n", b"X-More: 1\r\n"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"X: 1\r\n"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
+        (b"", b"x"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", b"x"),
+    ],
+    ids=["continue", "headers", "trailers", "chunk length", "noise", "negative length"],
+)
+def test_a_server_that_talks_for_ever_is_given_up(
+    tmp_path: Path, answer: tuple[bytes, ...]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def talk() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection, suppress(OSError):
+                        connection.recv(1 << 16)
+                        connection.sendall(answer[0])
+                        while True:
+                            connection.sendall(answer[-1])
+                            time.sleep(0.002)
+
+        thread = threading.Thread(target=talk, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises((NetworkError, CacheCorrupt)):
+            Mirror(url, folder=tmp_path, patience=0.1, pause=0.001)
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_another_host_is_never_asked(cache: Path, server: FaultyServer, tmp_path: Path) -> None:
@@ -464,7 +506,7 @@ def test_processes_and_threads_share_one_download(
     keys = (SHARD, OTHER, THIRD)
     others = [reading(server.url, tmp_path, *keys) for _ in range(2)]
     server.latency = 0.15
-    with closing(mirrored(server, tmp_path, patience=10)) as mirror:
+    with closing(mirrored(server, tmp_path)) as mirror:
         found: list[bytes] = []
         threads = [
             threading.Thread(target=lambda: found.extend(contents(mirror, key) for key in keys))
@@ -511,7 +553,7 @@ def test_a_download_under_way_elsewhere_is_not_swept_away(
     cache: Path, server: FaultyServer, tmp_path: Path
 ) -> None:
     server.latency = 0.2
-    with closing(mirrored(server, tmp_path, patience=10)) as mirror:
+    with closing(mirrored(server, tmp_path)) as mirror:
         server.latency = 0.5
         thread = threading.Thread(target=contents, args=(mirror, SHARD))
         thread.start()
@@ -591,7 +633,7 @@ def test_the_least_recently_used_goes_and_the_limit_is_kept(
 
 
 def test_what_is_being_read_is_never_evicted(
-    cache: Path, server: FaultyServer, tmp_path: Path
+    cache: Path, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = (cache / SHARD).stat().st_size
     described = sum((cache / name).stat().st_size for name in ("plan.json", "manifest.json"))
@@ -603,6 +645,7 @@ def test_what_is_being_read_is_never_evicted(
             contents(mirror, key)
         assert (mirror.path / keys[0]).exists()
         more = [mirror.open(keys[1]), mirror.open(keys[2])]
+        monkeypatch.setattr(mirror, "_patience", 0.2)
         with pytest.raises(StorageError, match=r"are being read, and .* needs .* more; allow"):
             mirror.open(keys[3])
         os.close(more.pop())
@@ -774,7 +817,7 @@ def test_a_certificate_must_be_trusted(
         with pytest.raises(NetworkError, match="certificate is not to be trusted"):
             mirrored(server, tmp_path / "m")
         monkeypatch.setenv("SSL_CERT_FILE", str(authority))
-        with closing(mirrored(server, tmp_path / "m", patience=10)) as mirror:
+        with closing(mirrored(server, tmp_path / "m")) as mirror:
             assert contents(mirror, SHARD) == (cache / SHARD).read_bytes()
 
 
@@ -966,6 +1009,36 @@ def test_a_bucket_may_fail_as_a_server_may(
                 with pytest.raises(HadPipeError, match=told):
                     mirror.open(SHARD)
         assert not server.faults[f"caches/{SHARD}"]
+
+
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("gs://caches", {"GOOGLE_BASE_URL": ""}),
+        ("az://caches", {"AZURE_STORAGE_ENDPOINT": "", "AZURE_STORAGE_ACCOUNT_NAME": "someone"}),
+    ],
+)
+def test_other_clouds_will_do_too(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, named: dict[str, str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "cloud").mkdir()
+    (tmp_path / "cloud" / "caches").symlink_to(cache)
+    with serving(tmp_path / "cloud") as server:
+        for name, value in named.items():
+            monkeypatch.setenv(name, value or server.url)
+        server.faults[f"caches/{SHARD}"] = [Fault(status=503), Fault(reset_after=20_000)]
+        with closing(Mirror(url, folder=tmp_path / "m", pause=0.001)) as mirror:
+            assert contents(mirror, SHARD) == (cache / SHARD).read_bytes()
+
+
+def test_a_bucket_that_cannot_be_is_told_without_the_secrets_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", "hunter2")
+    with pytest.raises(RecipeError, match="no store can be made") as caught:
+        Mirror("gs://caches", folder=tmp_path)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_bucket_without_obstore_names_the_extra(

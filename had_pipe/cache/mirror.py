@@ -168,10 +168,12 @@ class Mirror:
             self._remote.close()
             raise
         self._ahead_nbytes = min(_AHEAD_NBYTES, self.limit_nbytes // 2)
-        self._part_nbytes = max(
+        largest = max(
             plan.shards_nbytes([Part(split, of_split.views[0], 0)])
             for split, of_split in plan.splits.items()
         )
+        self.open_parts = max(1, self.limit_nbytes // 2 // largest)
+        """Parts that a reader may keep open: what is open cannot make room for others."""
 
     def _prepare(self, plan: Plan, manifest: Manifest, limit_nbytes: int | None) -> int:
         """Make the folder and what describes the cache there; how many bytes it may hold."""
@@ -444,8 +446,7 @@ class Mirror:
 
     def _press(self, times: int) -> None:
         """Have whoever reads through us close what it has open and does not read just now."""
-        keep = self.limit_nbytes // 2 // self._part_nbytes if times == 1 else 0
-        self.let_go(keep)
+        self.let_go(self.open_parts // 2 if times == 1 else 0)
 
     # What comes
 

@@ -19,9 +19,8 @@ import time
 import urllib.request
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
@@ -328,7 +327,7 @@ class _Http:
             raise _in_words(error, self._patience) from None
         whole = False
         try:
-            yield self._body(response, start)
+            yield self._body(connection, response, start)
             # None where it comes in pieces that tell themselves which is the last.
             whole = response.length == 0 or (response.length is None and response.isclosed())
         finally:
@@ -403,18 +402,34 @@ class _Http:
             self._busy.add(connection)
         if connection.sock is None:
             connection.connect()
-        # A socket's timeout is for one read; a server that drips headers would hold us for ever.
-        watch = threading.Timer(2 * self._patience, partial(_hang_up, connection))
+        if self._proxy is not None and self._tls is None:
+            target = f"http://{self._authority}{target}"
+            headers = headers | self._proxy.headers
+        with self._watched(connection):
+            connection.request("GET", target, headers=headers)
+            return connection.getresponse()
+
+    @contextmanager
+    def _watched(self, connection: http.client.HTTPConnection) -> Iterator[None]:
+        """End a connection where reading takes too long, though something always comes.
+
+        A socket's timeout is for one read, and headers are many.
+        """
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            _hang_up(connection)
+
+        watch = threading.Timer(2 * self._patience, end)
         watch.daemon = True
         watch.start()
         try:
-            if self._proxy is not None and self._tls is None:
-                target = f"http://{self._authority}{target}"
-                headers = headers | self._proxy.headers
-            connection.request("GET", target, headers=headers)
-            return connection.getresponse()
+            yield
         finally:
             watch.cancel()
+        if late.is_set():  # what was cut off here can look like an end
+            raise _Again("an answer that goes on and says nothing")
 
     def _connection(self) -> http.client.HTTPConnection:
         host, port = (
@@ -434,7 +449,9 @@ class _Http:
         host = f"[{self._host}]" if ":" in self._host else self._host
         return host if self._port == _SCHEMES[self._scheme] else f"{host}:{self._port}"
 
-    def _body(self, response: http.client.HTTPResponse, start: int) -> _Body:
+    def _body(
+        self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse, start: int
+    ) -> _Body:
         status = response.status
         if status == 416:
             raise _Wrong("the object is shorter than it was a moment ago")
@@ -458,18 +475,23 @@ class _Http:
         etag = response.headers.get("ETag", "")
         # A weak tag does not say that bytes are the same.
         known = etag if re.fullmatch(r'"[\x21\x23-\x7e]{0,500}"', etag) else None
+        pieces = self._pieces(connection, response)
         if status == 200:
-            return _Body(self._pieces(response), 0, response.length, known)
+            return _Body(pieces, 0, response.length, known)
         told = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if told is None or int(told[1]) != start:
             raise _Wrong("the server sends another range than it was asked for")
-        return _Body(self._pieces(response), start, int(told[2]), known)
+        return _Body(pieces, start, int(told[2]), known)
 
-    def _pieces(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+    def _pieces(
+        self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
+    ) -> Iterator[bytes]:
         since, came = time.monotonic(), 0
         while True:
             try:
-                piece = response.read1(_PIECE)
+                # A body in chunks has lines between these, and headers at its end.
+                with self._watched(connection) if response.chunked else nullcontext():
+                    piece = response.read1(_PIECE)
             except (OSError, http.client.HTTPException) as error:
                 raise _in_words(error, self._patience) from None
             if not piece:
@@ -583,8 +605,7 @@ class _Bucket:
         self._signed = skip in os.environ or any(name in os.environ for name in signs)
         if parts.scheme == "gs":
             self._signed |= (Path.home() / _GOOGLE).is_file()
-        endpoints = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT")
-        plain = any(os.environ.get(name, "").startswith("http://") for name in endpoints)
+        plain = any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
         failed = False
         try:
             self._store: Any = from_url(
@@ -606,8 +627,8 @@ class _Bucket:
         if failed:  # its own message may hold what stands in the environment
             raise RecipeError(
                 f"{_shown(parts)}: no store can be made of this URL and the environment; expected "
-                "s3://BUCKET/PATH, gs://BUCKET/PATH or az://ACCOUNT/CONTAINER/PATH, and "
-                f"credentials such as {signs[0]}"
+                "s3://BUCKET/PATH, gs://BUCKET/PATH, or az://CONTAINER/PATH and "
+                f"AZURE_STORAGE_ACCOUNT_NAME; credentials stand in {signs[0]} and its like"
             )
 
     @contextmanager
@@ -658,6 +679,15 @@ class _Bucket:
         return _Again(f"the store answers {status}" if status else "the store cannot be reached")
 
 
+_ENDPOINTS = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AZURE_STORAGE_ENDPOINT",
+    "AZURE_ENDPOINT",
+    "GOOGLE_BASE_URL",
+)
+"""Servers that are named in place of the provider's."""
+
 _GOOGLE = ".config/gcloud/application_default_credentials.json"
 
 _SIGNS = {
@@ -676,6 +706,7 @@ _SIGNS = {
             "GOOGLE_SERVICE_ACCOUNT",
             "GOOGLE_SERVICE_ACCOUNT_PATH",
             "GOOGLE_SERVICE_ACCOUNT_KEY",
+            "GOOGLE_BEARER_TOKEN",
         ),
         "GOOGLE_SKIP_SIGNATURE",
     ),
@@ -683,9 +714,12 @@ _SIGNS = {
         (
             "AZURE_STORAGE_ACCOUNT_KEY",
             "AZURE_STORAGE_ACCESS_KEY",
+            "AZURE_STORAGE_MASTER_KEY",
             "AZURE_STORAGE_SAS_KEY",
             "AZURE_STORAGE_SAS_TOKEN",
             "AZURE_STORAGE_CLIENT_ID",
+            "AZURE_CLIENT_ID",
+            "AZURE_USE_AZURE_CLI",
             "AZURE_STORAGE_TOKEN",
             "AZURE_FEDERATED_TOKEN_FILE",
         ),
