@@ -97,6 +97,16 @@ class Block:
         flat = self.value.reshape(-1).view(np.uint8).data
         return [flat[row * nbytes : (row + 1) * nbytes] for row in range(len(self.value))]
 
+    def part(self, first: int, last: int) -> Block:
+        """Some of the windows, in the same memory."""
+        some = slice(first, last)
+        scale = None if self.scale is None else self.scale[some]
+        part = Block(
+            self.kmer_id[some], self.mask[some], self.reversed[some], self.value[some], scale
+        )
+        part.__dict__["rows"] = self.rows[some]
+        return part
+
 
 @dataclass(frozen=True)
 class Locus:
@@ -758,6 +768,8 @@ def _share_out() -> list[_OpenPart]:
             _OPEN_PARTS if not cache._passing else cache._open_passing,
             files // 2 // len(caches),
             _OPEN_NBYTES // len(caches) // cache._open_nbytes,
+            # What is open in a mirror cannot make room there.
+            _OPEN_PARTS if cache.mirror is None else cache.mirror.open_parts,
         )
         given_up += cache._shrink(max(1, share))
     return given_up
