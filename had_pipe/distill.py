@@ -47,6 +47,7 @@ from had_pipe.sizes import size
 from had_pipe.stream import (
     Batch,
     Stream,
+    StreamStats,
     first_windows,
     require_alike,
     require_split,
@@ -542,11 +543,13 @@ class _Pace:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self.restart()
+        self._begun, self._aside = perf_counter(), 0.0
+        # The first line also tells what a mirror did for the floors.
+        self._told: StreamStats | None = None
 
     def restart(self) -> None:
         self._begun, self._aside = perf_counter(), 0.0
-        self._stats = self._stream.stats()
+        self._told = self._stream.stats()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -561,7 +564,9 @@ class _Pace:
 
     def reading(self) -> dict[str, float]:
         """How reading fared, as metrics have it."""
-        stats = self._stream.stats().since(self._stats)
+        stats = self._stream.stats()
+        if self._told is not None:
+            stats = stats.since(self._told)
         told = {
             "wait_share": min(1.0, stats.wait_seconds / self.seconds),
             "read_bytes": stats.nbytes,

@@ -409,7 +409,7 @@ def _reading_facts(record: RunRecord) -> list[tuple[str, str]]:
         told.append(("read a second, median", size(statistics.median(rates))))
     if hits is not None and misses is not None and hits + misses > 0:
         told.append(("objects found in the mirror", _percent(hits / (hits + misses))))
-        told.append(("downloaded while training", size(total("mirror_downloaded_bytes") or 0)))
+        told.append(("downloaded", size(total("mirror_downloaded_bytes") or 0)))
     return told
 
 

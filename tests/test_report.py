@@ -311,7 +311,7 @@ def test_what_was_read_and_from_where_stands_on_the_page(tmp_path: Path) -> None
         "read from the cache330 MB",
         "read a second, median20 MB",
         "objects found in the mirror98.0 %",
-        "downloaded while training11 MB",
+        "downloaded11 MB",
         "read fromhttps://host/5f",
         "weight among the caches3.0",
         "read fromhttps://host/60",
