@@ -703,6 +703,67 @@ def test_nothing_but_caches_is_ever_removed(
     assert (tmp_path / "note").exists()
 
 
+def test_a_full_disk_is_told_and_leaves_nothing(
+    cache: Path, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with closing(mirrored(server, tmp_path)) as mirror:
+        before = held_nbytes(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(StorageError, match="no space is left"):
+                mirror.open(SHARD)
+        nothing_came(mirror, SHARD)
+        assert held_nbytes(tmp_path) == before == int((tmp_path / ".usage").read_bytes())
+        assert contents(mirror, SHARD) == (cache / SHARD).read_bytes()
+
+
+def test_a_mirror_cannot_lie_in_a_file(server: FaultyServer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "m"):
+        with pytest.raises(RecipeError, match="not a folder; name another"):
+            mirrored(server, folder)
+
+
+def test_many_threads_in_a_small_mirror_over_a_bad_network_read_what_is_there(
+    cache: Path, server: FaultyServer, tmp_path: Path
+) -> None:
+    keys = [
+        str(path.relative_to(cache))
+        for path in cache.rglob("*")
+        if path.is_file() and path.name not in ("plan.json", "manifest.json")
+    ]
+    expected = {key: (cache / key).read_bytes() for key in keys}
+    bad = [Fault(status=503), Fault(reset_after=7), Fault(flip=True), Fault(short_by=1)]
+    failed: list[BaseException] = []
+
+    def read(seed: int) -> None:
+        chosen = random.Random(seed)
+        try:
+            for _ in range(30):
+                key = chosen.choice(keys)
+                if chosen.random() < 0.2:
+                    server.faults[key] = [chosen.choice(bad)]  # one at a time: two are no accident
+                with os.fdopen(mirror.open(key), "rb") as file:
+                    time.sleep(chosen.choice((0, 0, 0.01)))
+                    assert file.read() == expected[key]
+        except BaseException as error:
+            failed.append(error)
+
+    with closing(mirrored(server, tmp_path, limit_nbytes=5 * SHARD_NBYTES)) as mirror:
+        mirror.coming(random.Random(9).choices(keys, k=200))
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        assert mirror.stats().evicted_nbytes > 0
+    assert held_nbytes(tmp_path) == int((tmp_path / ".usage").read_bytes()) <= 5 * SHARD_NBYTES
+
+
 # What is to come
 
 

@@ -177,8 +177,13 @@ class Mirror:
 
     def _prepare(self, plan: Plan, manifest: Manifest, limit_nbytes: int | None) -> int:
         """Make the folder and what describes the cache there; how many bytes it may hold."""
-        make_folder(self._parts)
-        make_folder(self.path)
+        try:
+            make_folder(self._parts)
+            make_folder(self.path)
+        except (NotADirectoryError, FileExistsError) as error:
+            raise RecipeError(
+                f"{self.folder}: not a folder; name another by --mirror or HAD_PIPE_MIRROR"
+            ) from error
         for name, raw in ((PLAN, plan.to_json()), (MANIFEST, manifest.to_json())):
             if not _holds(self.path, name, raw):
                 write_file(self.path / name, raw, aside=self._parts)
@@ -369,7 +374,9 @@ class Mirror:
     def _books(self) -> Iterator[_Books]:
         """What the folder holds and has promised, for us alone to read and change."""
         path = self.folder / _USAGE
-        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with storage(path):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            opened = os.open(path, flags, 0o666)
         with os.fdopen(opened, "r+b", buffering=0) as file, storage(path):
             while not self._locked(opened, fcntl.LOCK_EX):
                 time.sleep(_POLL)  # held for as long as it takes to look around
