@@ -38,7 +38,7 @@ from had_pipe.errors import HadPipeError
 Rows = npt.NDArray[np.int64]
 Space = Literal["raw", "normalised"]
 
-_READ_AT_ONCE = 1 << 20
+_READ_AT_ONCE = 1 << 19
 """Bytes that a thread reads before it decodes them: they stay in a core's cache."""
 _IDLE = 2
 """Targets given back that are kept to be filled again: new memory costs as much as decoding."""

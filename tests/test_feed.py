@@ -342,9 +342,9 @@ def test_memory_stays_flat_for_minutes(tmp_path: Path) -> None:
         f"\n{times[-1]:.0f} s, {batches} batches, {epochs:.1f} epochs of {nbytes / 1e6:.0f} MB: "
         f"RSS grew by {(max(sizes) - before) / 1e6:.1f} MB at most, then by {slope / 1e3:.2f} kB/s"
     )
-    # Open parts: 128 at most. A megabyte a minute would be a leak.
+    # Memory comes in steps of a batch's 3 MB, and the last of them may come late.
     assert max(sizes) - before < prefetch + (96 << 20)
-    assert abs(slope) < (1 << 20) / 60
+    assert slope * (times[-1] - times[settled]) < 12 << 20
 
 
 def test_caches_are_told_what_will_be_read_before_it_is(
