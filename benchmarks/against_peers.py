@@ -45,8 +45,8 @@ class Known:
 
 PEERS_KNOWN = (
     Known("zarr-python", "peer_zarr.py", ("default",)),
-    Known("DataLoader, memmap, a window an item", "peer_memmap_loader.py", ("window",)),
-    Known("DataLoader, memmap, a batch an item", "peer_memmap_loader.py", ("batch",)),
+    Known("DataLoader, memmap, by window", "peer_memmap_loader.py", ("window",)),
+    Known("DataLoader, memmap, by batch", "peer_memmap_loader.py", ("batch",)),
     Known("safetensors", "peer_safetensors.py"),
     Known("Arrow IPC, mapped", "peer_arrow.py", ("ipc",)),
     Known("Parquet", "peer_arrow.py", ("parquet",)),
@@ -73,7 +73,8 @@ class Windows:
         self.raw, self.count, self.window = raw, windows, window
         flat = np.memmap(raw, dtype=np.uint8, mode="r", shape=(windows, int(np.prod(window))))
         head = _numbers(flat[:, :HEAD].tobytes())
-        assert len(np.unique(head)) == windows, "windows that begin alike cannot be told apart"
+        if len(np.unique(head)) != windows:
+            raise ValueError("windows of this cache begin alike: what a peer reads cannot be told")
         order = np.argsort(head)
         self._head = head[order]
         crcs = np.fromiter((zlib.crc32(row) for row in flat), dtype=np.uint32, count=windows)

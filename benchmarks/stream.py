@@ -382,7 +382,10 @@ def local(bench: Bench, size: Size) -> dict[str, Any]:
 def peers(bench: Bench, size: Size, *, names: Sequence[str]) -> dict[str, Any]:
     if bench.dtype != np.int8:
         return {"peers": {}, "absent": {"all": "they are written for int8"}}
-    windows = Windows(bench.flat, windows=bench.windows, window=bench.window)
+    try:
+        windows = Windows(bench.flat, windows=bench.windows, window=bench.window)
+    except ValueError as error:
+        return {"peers": {}, "absent": {"all": str(error)}}
     rows = bench.rows(BATCH)
 
     def epoch() -> Pass:
