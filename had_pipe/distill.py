@@ -40,14 +40,13 @@ from had_pipe.hold import held
 from had_pipe.learner import TERMS, Gradient, Learner, learning_rate
 from had_pipe.objectives import HADObjective
 from had_pipe.order import ORDER_VERSION
+from had_pipe.pace import Pace, shown
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe
 from had_pipe.signals import Signals, Stopped
-from had_pipe.sizes import size
 from had_pipe.stream import (
     Batch,
     Stream,
-    StreamStats,
     first_windows,
     require_alike,
     require_split,
@@ -109,6 +108,10 @@ def distill(
     if recipe.train is None:
         raise RecipeError("missing table [train]: distill needs at least out, steps and batch")
     torch_device = _device(device)
+    out = recipe.train.out
+    above = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not above.is_dir():
+        raise RecipeError(f"[train] out = {out}: {above} is not a folder; use another [train] out")
     sources = list(caches or [recipe.cache.path])
     if recipe.train.weights is not None and len(recipe.train.weights) != len(sources):
         raise RecipeError(
@@ -149,9 +152,6 @@ def _distill(
             "extract with store = 'visible' or 'all'"
         )
     out = recipe.train.out
-    above = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not above.is_dir():
-        raise RecipeError(f"[train] out = {out}: {above} is not a folder; use another [train] out")
     make_folder(out)
     with (
         held(out, lock=".lock", doing="training this run"),
@@ -307,7 +307,7 @@ class _Run:
 
     def _loop(self, stream: Stream, metrics: run.Metrics) -> None:
         config, begun = self.config, perf_counter()
-        pace = _Pace(stream)
+        pace = Pace(stream)
         facts: dict[str, float | str] = {}
         for step in range(self._start + 1, config.steps + 1):
             with self._keeping(step - 1, metrics):
@@ -359,7 +359,7 @@ class _Run:
         return f"after step {step} of {self.config.steps}, saved" if step else _BEFORE
 
     def _tell(
-        self, step: int, metrics: run.Metrics, pace: _Pace, *, epoch: float
+        self, step: int, metrics: run.Metrics, pace: Pace, *, epoch: float
     ) -> dict[str, float | str]:
         """Write a line of metrics, the means since the last one; what of it is worth showing."""
         means = (self._sums / (step - self._told)).tolist()
@@ -384,8 +384,7 @@ class _Run:
         self._sums.zero_()
         self._told = step
         pace.restart()
-        shown = {term: losses[term] for term in TERMS[:3] if term in losses}
-        return {**shown, **_shown(reading)}
+        return {**{term: losses[term] for term in TERMS[:3] if term in losses}, **shown(reading)}
 
     def _seconds(self) -> float:
         """Of the run so far, all its processes added."""
@@ -536,61 +535,6 @@ class _Run:
             width=self.learner.student.config.hidden_size,
             batch=self.config.batch,
         )
-
-
-class _Pace:
-    """Time spent on training since the last line of metrics, and what was read meanwhile."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-        self._begun, self._aside = perf_counter(), 0.0
-        # The first line also tells what a mirror did for the floors.
-        self._told: StreamStats | None = None
-
-    def restart(self) -> None:
-        self._begun, self._aside = perf_counter(), 0.0
-        self._told = self._stream.stats()
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Validation and checkpoints are no training."""
-        begun = perf_counter()
-        yield
-        self._aside += perf_counter() - begun
-
-    @property
-    def seconds(self) -> float:
-        return max(perf_counter() - self._begun - self._aside, 1e-9)
-
-    def reading(self) -> dict[str, float]:
-        """How reading fared, as metrics have it."""
-        stats = self._stream.stats()
-        if self._told is not None:
-            stats = stats.since(self._told)
-        told = {
-            "wait_share": min(1.0, stats.wait_seconds / self.seconds),
-            "read_bytes": stats.nbytes,
-            "read_bytes_per_second": stats.nbytes / self.seconds,
-        }
-        if stats.mirror is not None:
-            told |= {
-                "mirror_hits": stats.mirror.hits,
-                "mirror_misses": stats.mirror.misses,
-                "mirror_downloaded_bytes": stats.mirror.downloaded_nbytes,
-            }
-        return told
-
-
-def _shown(reading: Mapping[str, float]) -> dict[str, str]:
-    """How reading fared, for a line of progress."""
-    shown = {
-        "wait": f"{reading['wait_share']:.1%}",
-        "read": f"{size(reading['read_bytes_per_second'])}/s",
-    }
-    asked = reading.get("mirror_hits", 0) + reading.get("mirror_misses", 0)
-    if asked:
-        shown["mirror"] = f"{reading['mirror_hits'] / asked:.0%}"
-    return shown
 
 
 def _summary(training: _Run, *, already_done: bool) -> DistillSummary:

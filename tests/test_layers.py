@@ -51,11 +51,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"corpus", "teachers", "job", "parts", "extract"},
     },
     "signals": {"errors"},
+    "pace": {"sizes", "stream"},
     "learner": {"recipe", "objectives", "students", "stream", "checkpoint"},
     "distill": {
-        *{"errors", "progress", "sizes", "draws", "durable", "dna", "recipe", "cache"},
+        *{"errors", "progress", "draws", "durable", "dna", "recipe", "cache"},
         *{"students", "objectives", "order", "stream", "checkpoint", "learner", "signals"},
-        *{"floors", "hold", "run", "card"},
+        *{"pace", "floors", "hold", "run", "card"},
     },
     "cli": {
         "dna",  # inspect spells a k-mer
