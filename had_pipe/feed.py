@@ -38,7 +38,7 @@ from had_pipe.errors import HadPipeError
 Rows = npt.NDArray[np.int64]
 Space = Literal["raw", "normalised"]
 
-_READ_AT_ONCE = 1 << 19
+_READ_AT_ONCE = 1 << 20
 """Bytes that a thread reads before it decodes them: they stay in a core's cache."""
 _IDLE = 2
 """Targets given back that are kept to be filled again: new memory costs as much as decoding."""
@@ -163,7 +163,7 @@ class Feed:
         self._count(read.spans)
         blocks, first = [], 0
         for span in read.spans:
-            blocks.append(_part(self._lent.block, first, first + len(span.row)))
+            blocks.append(self._lent.block.part(first, first + len(span.row)))
             first += len(span.row)
         return tuple(blocks)
 
@@ -307,7 +307,7 @@ class _Storing:
         return slot
 
     def read(self, memory: _Slot, span: Span, rows: Rows, first: int) -> None:
-        block = _part(memory.block, first, first + len(rows))
+        block = memory.block.part(first, first + len(rows))
         self._caches[span.cache].read(self._split, span.view, rows, block)
 
     def advise(self, span: Span) -> None:
@@ -363,14 +363,19 @@ class _Decoding:
             self._own.block = cache.allocate(self._some)
         for begin in range(0, len(rows), self._some):
             some = rows[begin : begin + self._some]
-            block = _part(self._own.block, 0, len(some))
+            block = self._own.block.part(0, len(some))
             cache.read(self._split, span.view, some, block)
             places = slice(first + begin, first + begin + len(some))
             turned = kmers.reverse_complement(block.kmer_id)
             memory.kmer_id[places] = np.where(block.reversed[:, None], turned, block.kmer_id)
             memory.mask[places] = block.mask
-            memory.target[places] = cache.codec.decode(
-                block.value, block.scale, cache.mean, cache.std, space=self._space
+            cache.codec.decode(
+                block.value,
+                block.scale,
+                cache.mean,
+                cache.std,
+                space=self._space,
+                out=memory.target[places],
             )
 
     def advise(self, span: Span) -> None:
@@ -740,18 +745,6 @@ class Fused:
 
 
 _fused = Fused()
-
-
-def _part(block: Block, first: int, end: int) -> Block:
-    if (first, end) == (0, len(block.value)):
-        return block  # which remembers where its rows lie
-    return Block(
-        kmer_id=block.kmer_id[first:end],
-        mask=block.mask[first:end],
-        reversed=block.reversed[first:end],
-        value=block.value[first:end],
-        scale=None if block.scale is None else block.scale[first:end],
-    )
 
 
 def _stored_nbytes(block: Block) -> int:
