@@ -152,6 +152,7 @@ class Cache:
         self._direct = direct
         self._store = ZarrStore(path) if through_zarr else None
         self.plan = plan
+        self._value = plan.signals[0]
         self.sealed = manifest is not None
         self.id = manifest.id if manifest else plan.id
         """The cache id; of an unsealed cache, the plan id."""
@@ -278,9 +279,8 @@ class Cache:
         the fast way. For any number of threads.
         """
         order, runs = self._runs(split, view, rows)
-        signal = self.plan.signals[0]
-        assert out.value.dtype == signal.dtype
-        assert out.value.shape[1:] == signal.window
+        assert out.value.dtype == self._value.dtype
+        assert out.value.shape[1:] == self._value.window
         targets = out.rows
         for part, first, begin, end in runs:
             opened = self._open_part(part)
@@ -358,6 +358,8 @@ class Cache:
     @property
     def attributes(self) -> Mapping[str, Any]:
         """The attributes of the store's root: licence, decode, orientation, fidelity."""
+        if self._store is not None:
+            return self._store.attributes()
         key = f"{DATA}/zarr.json"
         limit = _LARGEST_ATTRIBUTES + 256 * self.plan.teacher.channels
         try:
@@ -561,7 +563,7 @@ class Cache:
     def _passing(self) -> frozenset[str]:
         """Splits whose shards the page cache shall not keep: what is read from start to end and too
         long to be there at the next turn would only push out what others have in memory."""
-        stride = self.plan.signals[0].stride
+        stride = self._value.stride
         nbytes = {name: split.windows * stride for name, split in self.plan.splits.items()}
         if self._direct or max(nbytes.values()) < _SOON_READ:
             return frozenset()
@@ -571,7 +573,7 @@ class Cache:
     @cached_property
     def _open_passing(self) -> int:
         """Parts kept open of which some pass: about as much as a fourth of memory holds."""
-        shard = self.plan.part * self.plan.signals[0].stride
+        shard = self.plan.part * self._value.stride
         return min(_OPEN_PARTS, max(_OPEN_PASSING, memory_nbytes() // 4 // shard))
 
     def _rows(self, part: Part, signal: Signal, record: ShardRecord) -> Rows:
@@ -585,7 +587,7 @@ class Cache:
             fd = self._open_object(key)
         except OSError as error:
             raise self._wrong(key, f"cannot be opened ({error.strerror})") from error
-        streamed = signal is self.plan.signals[0]
+        streamed = signal == self._value
         return Shard.open(
             self.path / key,
             fd,
@@ -705,8 +707,7 @@ class Cache:
             raise CacheCorrupt(
                 f"{self.path}: {key} cannot be read ({error.strerror}); {_remedy(self.path)}"
             ) from error
-        # Another tool that lays a store out anew writes the group's metadata anew, too.
-        if self._manifest is not None and not (self._store and key.startswith(f"{DATA}/")):
+        if self._manifest is not None:
             self._compare(key, hashlib.sha256(raw).hexdigest())
         return raw
 

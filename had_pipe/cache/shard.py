@@ -14,7 +14,8 @@ import hashlib
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -310,23 +311,36 @@ class ZarrStore:
         self.path = cache / DATA
         self._arrays: dict[str, Any] = {}
 
+    def attributes(self) -> dict[str, Any]:
+        """Those of the root group."""
+        import zarr
+
+        with self._told(self.path):
+            return dict(zarr.open_group(self.path, mode="r").attrs)
+
     def rows(self, name: str, first: int, last: int, signal: Signal) -> npt.NDArray[Any]:
         """Rows of an array, contiguous, of the element type and shape that the plan implies."""
-        try:
+        with self._told(self.path / name):
             found = np.asarray(self._array(name, signal)[first:last])
-        except CacheCorrupt:
-            raise
-        except Exception as error:  # whatever Zarr and the codecs of others raise
-            raise CacheCorrupt(
-                f"{self.path / name}: zarr-python cannot read it ({type(error).__name__}: "
-                f"{str(error)[:200]}); copy the store again, or lay it out anew"
-            ) from error
         if found.shape != (last - first, *signal.window):
             raise CacheCorrupt(
                 f"{self.path / name}: rows {first} to {last} come as {found.shape}, expected "
                 f"{(last - first, *signal.window)}; lay the store out anew"
             )
         return np.ascontiguousarray(found, dtype=np.dtype(signal.dtype).newbyteorder("<"))
+
+    @contextmanager
+    def _told(self, path: Path) -> Iterator[None]:
+        """Whatever Zarr and the codecs of others raise, as an error of ours."""
+        try:
+            yield
+        except CacheCorrupt:
+            raise
+        except Exception as error:
+            raise CacheCorrupt(
+                f"{path}: zarr-python cannot read it ({type(error).__name__}: "
+                f"{str(error)[:200]}); copy the store again, or lay it out anew"
+            ) from error
 
     def _array(self, name: str, signal: Signal) -> Any:
         if name not in self._arrays:
