@@ -167,7 +167,8 @@ def svg(result: dict[str, Any]) -> str:
 
 
 def _title(result: dict[str, Any]) -> str:
-    return f"Shuffled batches of 256 windows of 147 kB, {result['threads']} threads"
+    window = result["nbytes"] / result["windows"] / 1e3
+    return f"Shuffled batches of 256 windows of {window:.0f} kB, {result['threads']} threads"
 
 
 def _described(found: Iterable[tuple[str, float, str]]) -> str:
@@ -215,7 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plot = chosen.page.parent / "img" / "stream.svg"
     plot.parent.mkdir(exist_ok=True)
     plot.write_text(svg(results[0]), "utf-8")
-    chosen.page.write_text(put(chosen.page.read_text("utf-8"), section(results)), "utf-8")
+    drawn = f"![Speed of shuffled batches, the stream as 1](img/{plot.name})"
+    told = f"{drawn}\n\n{section(results)}"
+    chosen.page.write_text(put(chosen.page.read_text("utf-8"), told), "utf-8")
 
 
 if __name__ == "__main__":
