@@ -493,6 +493,12 @@ def without_a_mask(folder: Path) -> None:
             (folder / name).write_text(json.dumps(told))
 
 
+def tokenizer_config(folder: Path, **changes: object) -> None:
+    word_tokenizer(folder, bases=1)
+    told = json.loads((folder / "tokenizer_config.json").read_text()) | changes
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+
+
 def unknown_code(folder: Path) -> None:
     (folder / "vocab.txt").write_text("\n".join([*SPECIALS, *"ACGT"]))
     told = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
@@ -510,6 +516,14 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no mask token": (without_a_mask, "its tokenizer has no mask token"),
     "a tokenizer with code": (unknown_code, "cannot be read without running code"),
     "no tokenizer": (lambda f: None, r"neither tokenizer\.json nor vocab\.txt"),
+    "a tokenizer of another kind": (
+        lambda f: tokenizer_config(f, tokenizer_class="RagTokenizer"),
+        "its tokenizer, a RagTokenizer, does not read DNA",
+    ),
+    "a length that is no number": (
+        lambda f: tokenizer_config(f, model_max_length="x"),
+        r"its tokenizer, a \w+, does not read DNA",
+    ),
     "a damaged tokenizer": (
         lambda f: (f / "tokenizer.json").write_text("{"),
         "its tokenizer cannot be read",
@@ -592,6 +606,18 @@ UNFIT: dict[str, tuple[Callable[[Path], None], str]] = {
     "quantised": (config(quantization_config={"quant_method": "gptq"}), "weights are quantised"),
     "10^9 layers": (config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, expected"),
     "10^12 wide": (config(hidden_size=10**12), "hidden_size is 1000000000000, expected at most"),
+    "10^9 layers below": (
+        config(text_config={"num_hidden_layers": 10**9}),
+        "num_hidden_layers is 1000000000, expected",
+    ),
+    "weights elsewhere": (
+        config(transformers_weights="../../x.safetensors"),
+        "transformers_weights names code or weights that lie elsewhere",
+    ),
+    "experts from the hub": (
+        config(_experts_implementation="some/kernel"),
+        "_experts_implementation names code or weights that lie elsewhere",
+    ),
     "much wider than stored": (
         config(hidden_size=1 << 14, intermediate_size=1 << 16, num_hidden_layers=200),
         r"numbers, but config\.json describes a BertForMaskedLM of",
@@ -639,6 +665,26 @@ def test_code_in_a_checkpoint_is_never_run(family_folder: Path) -> None:
     with pytest.raises(InputError, match="without running code of the checkpoint"):
         load(family_folder)
     assert not (family_folder / "ran").exists()
+
+
+@a_bert
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_kernels_that_a_checkpoint_names_are_not_taken(family_folder: Path, key: str) -> None:
+    config(**{key: "some/kernel"})(family_folder)
+    assert load(family_folder).numerics["kernels"] == "sdpa"
+
+
+@a_bert
+def test_other_tokens_under_the_same_weights_are_another_class_of_arithmetic(
+    family_folder: Path, folders: dict[str, Path]
+) -> None:
+    """So that processes of one cache cannot mix them."""
+    before = loaded(folders["bert"])
+    word_tokenizer(family_folder, bases=1, seed=1)
+    after = load(family_folder)
+    assert after.weights_sha256 == before.weights_sha256
+    differing = {key for key in after.numerics if after.numerics[key] != before.numerics[key]}
+    assert differing == {"tokens"}
 
 
 @pytest.mark.parametrize("layer", [0, LAYERS + 1, -2])

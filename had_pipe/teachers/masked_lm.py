@@ -9,6 +9,7 @@ W windows, T 6-mers, P tokens of a 6-mer, D channels, V tokens of the vocabulary
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,9 @@ _LARGEST_NUMBER = 1 << 20
 _MOST_LAYERS = 1 << 10
 _MOST_SPECIAL = 8
 
+# Settings by which a config.json has transformers take code or weights from another place.
+_ELSEWHERE = {"experts_implementation", "use_kernels", "transformers_weights"}
+
 # Stored, or missing, without a say in any output: what other heads and older versions leave.
 _IDLE = re.compile(
     r"(^|\.)(pooler|contact_head|seq_relationship|classifier|qa_outputs)\."
@@ -66,6 +70,13 @@ class Vocabulary:
     most_tokens: int | None
     """What the tokenizer says a sequence may have, special tokens included."""
 
+    @property
+    def digest(self) -> str:
+        """Which tokens stand for what, in 16 digits."""
+        table = self.token_of_kmer.astype("<i8").tobytes()
+        special = repr((self.bases, self.mask, self.before, self.after)).encode()
+        return hashlib.sha256(special + table).hexdigest()[:16]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -86,6 +97,19 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     Raises InputError where its tokens cannot be told apart by 6-mers.
     """
     tokenizer = _tokenizer(folder)
+    try:
+        with _quiet():
+            return _vocabulary(folder, tokenizer)
+    except InputError:
+        raise
+    except Exception as error:  # classes for other things than text, settings of the wrong type
+        raise InputError(
+            f"{folder}: its tokenizer, a {type(tokenizer).__name__}, does not read DNA "
+            f"({_first_line(error)}); get the tokenizer that belongs to the weights."
+        ) from error
+
+
+def _vocabulary(folder: Path, tokenizer: Any) -> Vocabulary:
     mask = tokenizer.mask_token_id
     if not isinstance(mask, int):
         raise InputError(
@@ -242,6 +266,8 @@ def read_shape(folder: Path) -> Shape:
             "name an ESM, BERT, RoFormer, ModernBERT or the like."
         )
     vocabulary = read_vocabulary(folder)
+    # A name of kernels on the hub would be fetched and run.
+    config._attn_implementation = "eager"
     try:
         with torch.device("meta"):
             skeleton = model_class(config)
@@ -272,12 +298,20 @@ def read_shape(folder: Path) -> Shape:
 
 def _check_config(path: Path, told: Mapping[str, Any]) -> None:
     """Raises InputError for what transformers would take as it stands and we do not."""
-    for key, value in told.items():
+    left = list(told.items())
+    while left:
+        key, value = left.pop()
         most = _MOST_LAYERS if "layers" in key else _LARGEST_NUMBER
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) > most:
             raise InputError(
                 f"{path}: {key[:60]} is {str(value)[:60]}, expected at most {most:,}; get the "
                 "config.json that belongs to the weights."
+            )
+        if isinstance(value, dict):
+            left += value.items()
+        if value and key.lstrip("_") in _ELSEWHERE:
+            raise InputError(
+                f"{path}: {key} names code or weights that lie elsewhere; remove the line."
             )
     if told.get("quantization_config"):
         raise InputError(
@@ -416,6 +450,8 @@ class MaskedLMTeacher:
             device,
             kernels=str(model.config._attn_implementation),
             transformers=transformers.__version__,
+            # Other tokens under the same weights are another teacher.
+            tokens=shape.vocabulary.digest,
         )
         self._device, self._compute, self._vocabulary = device, compute, shape.vocabulary
         self._token_of_kmer = torch.from_numpy(shape.vocabulary.token_of_kmer).to(device)

@@ -35,7 +35,7 @@ class Teacher(Protocol):
 
     @property
     def weights_sha256(self) -> str:
-        """Of the weight file as it lies on disk."""
+        """Of the weight file as it lies on disk; of several, see `teachers.folder`."""
 
     @property
     def licence(self) -> str:
