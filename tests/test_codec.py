@@ -16,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 from small_cache import build_cache
 
 from had_pipe.cache import Cache, Codec, Statistics
+from had_pipe.cache import codec as codec_module
 from had_pipe.cache.codec import CodecName, fidelity
 
 INT8 = Codec("int8", "float32")
@@ -172,6 +173,43 @@ def test_exact_gives_every_bit_back(dtype: Literal["float32", "float16", "bfloat
     assert (decoded[quiet].view(np.uint32) == expected[quiet].view(np.uint32)).all()
     also = codec.decode(value, None, torch.from_numpy(mean), torch.from_numpy(std)).numpy()
     assert (also[quiet].view(np.uint32) == expected[quiet].view(np.uint32)).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 30, 1 << 16])
+@pytest.mark.parametrize("space", ["raw", "normalised"])
+def test_decoding_a_few_groups_at_a_time_is_the_formula_bit_for_bit(
+    at_once: int, space: Literal["raw", "normalised"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into memory of the caller, of which nothing else is touched."""
+    monkeypatch.setattr(codec_module, "_DECODED_AT_ONCE", at_once)
+    rng = np.random.default_rng(4)
+    mean, std = statistics(normal(5, 50, 9) * 3 + 1)
+    scale = np.abs(normal(6, 4, 5)).astype(np.float16) + np.float16(0.01)
+    int8 = rng.integers(-127, 128, (4, 5, 9)).astype(np.int8)
+    bits = (normal(7, 4, 5, 9).view(np.uint32) >> 16).astype(np.uint16)
+    half = normal(8, 4, 5, 9).astype(np.float16)
+    z = int8.astype(np.float32) * scale.astype(np.float32)[..., None]
+    cases: list[tuple[Codec, npt.NDArray[Any], npt.NDArray[np.float16] | None, Floats]] = [
+        (INT8, int8, scale, z * std + mean if space == "raw" else z)
+    ]
+    for dtype, stored, x in (
+        ("bfloat16", bits, (bits.astype(np.uint32) << 16).view(np.float32)),
+        ("float16", half, half.astype(np.float32)),
+        ("float32", normal(9, 4, 5, 9), normal(9, 4, 5, 9)),
+    ):
+        expected = x if space == "raw" else (x - mean) / std
+        cases.append((Codec("exact", dtype), stored, None, expected))
+    for codec, stored, scales, expected in cases:
+        around = np.full((6, 5, 9), 7, dtype=np.float32)
+        given = codec.decode(stored, scales, mean, std, space=space, out=around[1:5])
+        assert np.shares_memory(given, around)
+        assert given.tobytes() == around[1:5].tobytes() == expected.tobytes()
+        assert (around[[0, 5]] == 7).all()
+        new = codec.decode(stored, scales, mean, std, space=space)
+        assert new.tobytes() == expected.tobytes()
+        assert not np.shares_memory(new, stored)
+        other = codec.decode(stored[::2], None if scales is None else scales[::2], mean, std)
+        assert other.tobytes() == codec.decode(stored, scales, mean, std)[::2].tobytes()
 
 
 def test_normalised_space_is_raw_less_mean_by_std() -> None:
