@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -119,7 +120,8 @@ class Stream:
                 threads=threads,
             )
             self._begun = perf_counter()
-            self._closing = closing.pop_all()
+            # Of a stream that nobody holds any more too, there may be threads that download.
+            self._close_caches = weakref.finalize(self, closing.pop_all().close)
         for i, cache in enumerate(self._caches):
             cache.coming(self._plans.parts(split, i))
 
@@ -178,7 +180,7 @@ class Stream:
         for cache in self._caches:
             cache.coming(())
         # Before the threads end: one that waits for a network then waits no more.
-        self._closing.close()
+        self._close_caches()
         self._feed.close()
 
     def __enter__(self) -> Self:

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from small_cache import build_cache
 
 from had_pipe import feed
-from had_pipe.cache import Cache, Part
+from had_pipe.cache import Block, Cache, Part
 from had_pipe.dna import kmers
 from had_pipe.errors import CacheCorrupt, CacheMismatch
 from had_pipe.order import Corpus, Mix
@@ -409,6 +409,11 @@ def test_a_stream_closes_what_it_opened_and_nothing_else(
     with pytest.raises(CacheMismatch, match="no window in split 'test'"):
         Stream([mine, other.path], batch=8, seed=0, split="test")
     assert closed == [other.path] * 2
+    stream = Stream([mine, other.path], batch=8, seed=0)
+    next(stream)
+    del stream
+    gc.collect()
+    assert closed == [other.path] * 3
 
 
 # When something goes wrong
@@ -626,7 +631,8 @@ def on(
 
 
 def assert_alike(arrays: Arrays, batch: Batch, codec: str) -> None:
-    assert (batch.position, batch.spans) == (arrays.position, arrays.spans)
+    assert batch.position == arrays.position
+    assert windows_of(batch) == windows_of(arrays)
     assert batch.kmer_id.dtype == torch.int64
     assert np.array_equal(batch.kmer_id.cpu().numpy(), arrays.kmer_id)
     assert np.array_equal(batch.mask.cpu().numpy(), arrays.mask)
@@ -702,6 +708,77 @@ def test_where_nothing_can_be_compiled_decoding_is_as_it_was_and_says_so_once(
         "torch.compile cannot fuse the decoding of embeddings here (RuntimeError: no compiler "
         "found); decoding goes on operation by operation, which is slower and the same"
     ]
+
+
+class LateCopy:
+    """Stands in for a GPU's event: nothing is copied before one waits for the copy."""
+
+    def __init__(self, block: Block, windows: int) -> None:
+        self._block, self._windows = block, windows
+        self._stored: Any = None
+        self._lock = threading.Lock()
+
+    def synchronize(self) -> None:
+        with self._lock:
+            if self._stored is None:
+                seen = feed._on_device(self._block, self._windows, torch.device("cpu"))
+                arrays = {name: None if x is None else x.clone() for name, x in vars(seen).items()}
+                self._stored = feed._Stored(**arrays)
+
+    @property
+    def stored(self) -> Any:
+        self.synchronize()
+        return self._stored
+
+
+class LateGpu:
+    """Stands in for a GPU that does everything as late as it may."""
+
+    def __init__(self, caches: Sequence[Cache], device: torch.device, space: feed.Space) -> None:
+        self._decode = feed.Decode(caches, torch.device("cpu"), space)
+        self.staged = 0
+
+    def stage(self, slot: Any, position: int, spans: tuple[feed.Span, ...]) -> Any:
+        slot.copied = LateCopy(slot.block, sum(len(span.row) for span in spans))
+        self.staged += 1
+        return slot.copied, position, spans
+
+    def hand_over(self, staged: Any) -> Batch:
+        copied, position, spans = staged
+        return self._decode(copied.stored, position, spans)
+
+
+@pytest.mark.parametrize("prefetch", [1, 1 << 20])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_slot_is_written_before_a_gpu_has_copied_it(
+    made: Made, monkeypatch: pytest.MonkeyPatch, prefetch: int, threads: int
+) -> None:
+    plain = feed.Fused()
+    plain.failed = True
+    monkeypatch.setattr(feed, "_fused", plain)
+    monkeypatch.setattr(feed, "_Gpu", LateGpu)
+    allocate = feed._Storing._allocate
+
+    def unpinned(storing: Any) -> Block:
+        storing._pinned = False
+        return allocate(storing)
+
+    monkeypatch.setattr(feed._Storing, "_allocate", unpinned)
+    caches = alike(made, {"codec": "int8"})
+    options: dict[str, Any] = {"batch": 20, "seed": 1, "weights": [2, 1], "prefetch": prefetch}
+    with (
+        Stream(caches, **options) as here,
+        Stream(caches, device="cuda", threads=threads, **options) as there,
+    ):
+        for arrays, batch in islice(zip(here.arrays(), there, strict=True), 40):
+            assert_alike(arrays, batch, "int8")
+            assert there.position == batch.position + 1
+            gpu: Any = there._feed._gpu
+            # One is copied and decoded beside the step of the one handed over.
+            assert gpu.staged - there.stats().batches in (0, 1)
+        assert soon(there._feed._readers.ready)  # type: ignore[union-attr]
+        next(there)
+        assert gpu.staged - there.stats().batches == 1
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
