@@ -481,5 +481,7 @@ def _requirement(fault: ErrorDetails) -> str:
 
 
 def _show(value: object) -> str:
+    if isinstance(value, str) and (scheme := _URL.match(value)):
+        return repr(f"{scheme[0]}...")  # the rest may hold a password or a signature
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
