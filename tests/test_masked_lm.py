@@ -367,6 +367,21 @@ def test_a_checkpoint_of_the_encoder_alone_is_a_teacher_without_a_head(
     assert alone.masked_loss(kmer_id_WT, hidden_WT) is None
 
 
+@one_of_each
+def test_products_in_bfloat16_keep_every_vector_close(
+    folders: dict[str, Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA does, on the CPU: angles, norms and residuals must not be rounded as well."""
+    teacher = loaded(folders[family])
+    kmer_id_WT, hidden_WT = some_windows(2, CONTEXT)
+    exact = teacher.embed(kmer_id_WT, hidden_WT)
+    in_half = torch.autocast("cpu", dtype=torch.bfloat16)
+    monkeypatch.setattr(teacher, "_arithmetic", lambda: in_half)
+    rough = teacher.embed(kmer_id_WT, hidden_WT)
+    assert not torch.equal(exact, rough)
+    assert float(torch.cosine_similarity(exact, rough, dim=-1).min()) > 0.999
+
+
 @pytest.mark.gpu
 @one_of_each
 def test_cuda_in_bfloat16_stays_close_to_the_cpu(folders: dict[str, Path], family: str) -> None:
