@@ -191,8 +191,8 @@ REFUSED = [
     (
         'path = "g.fa"',
         "path = 'http://me:secret@x/g.fa'",
-        "[[genome]] number 1: path = 'http://...': must be a path on this machine: only [cache] path "
-        "may be a URL",
+        "[[genome]] number 1: path = 'http://...': must be a path on this machine: only [cache] "
+        "path may be a URL",
     ),
     ('path = "g.fa"', "path = 3", "[[genome]] number 1: path = 3: must be a path in quotes"),
     (
