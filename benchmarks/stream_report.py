@@ -2,7 +2,8 @@
 
     python benchmarks/stream_report.py RESULT [RESULT ...] [--page docs/benchmarks.md]
 
-RESULT holds what `stream.py --json` printed: its last line is taken. With --page the tables are
+RESULT holds what `stream.py --json` printed: its last line is taken; sections of the same windows
+that were measured one by one are put together. With --page the tables are
 put into the page, between its lines `<!-- stream: begin -->` and `<!-- stream: end -->`, and the
 plot of the first result into img/stream.svg beside it; without, they are printed.
 """
@@ -65,7 +66,7 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
         part = result["growth"]
         rows = [["shards", "ms a batch"]]
         rows += [[n, f"{s * 1e3:.2f}"] for n, s in part["batch_seconds"].items()]
-        ratio = f"100 against 10: {part['ratio_100_to_10']:.2f}"
+        ratio = f"100 against 10: {part['ratio_100_to_10']:.2f}, 1: {part['ratio_100_to_1']:.2f}"
         caption = f"batches of {part['batch']} small windows ({part['window_nbytes']:,} bytes)"
         found.append((f"{caption}; {ratio}", rows))
     return found
@@ -175,6 +176,15 @@ def _described(found: Iterable[tuple[str, float, str]]) -> str:
     return "; ".join(f"{name} {value:.3f}" for name, value, _ in found)
 
 
+def joined(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of the same windows as one, the first one's words on machine and commit kept."""
+    found: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for number, result in enumerate(results):
+        key = (result["benchmark"], result.get("nbytes", number), result.get("threads", number))
+        found[key] = {**result, **found.get(key, {})}
+    return list(found.values())
+
+
 def section(results: Sequence[dict[str, Any]]) -> str:
     """All that a page says of some results."""
     return "\n\n".join(
@@ -209,7 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="+", help="what `stream.py --json` printed")
     parser.add_argument("--page", type=Path, help="where to put tables and plot")
     chosen = parser.parse_args(arguments)
-    results = [json.loads(p.read_text("utf-8").strip().splitlines()[-1]) for p in chosen.results]
+    results = joined(
+        json.loads(path.read_text("utf-8").strip().splitlines()[-1]) for path in chosen.results
+    )
     if chosen.page is None:
         print(section(results))
         return

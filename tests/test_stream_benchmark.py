@@ -157,6 +157,9 @@ def test_the_benchmark_runs_and_its_page_and_plot_say_what_it_found(
     plot = ElementTree.fromstring(report.svg(result))
     drawn = {text.text for text in plot.iter("{http://www.w3.org/2000/svg}text")}
     assert {"memcpy", "stream", "safetensors"} <= drawn
+    apart = [{k: v for k, v in result.items() if k != left} for left in ("local", "remote")]
+    assert report.joined(apart) == [result]
+    assert report.joined([result, {**result, "nbytes": 1}]) == [result, {**result, "nbytes": 1}]
     page = "before\n<!-- stream: begin -->\nold\n<!-- stream: end -->\nafter\n"
     assert report.put(page, "new") == page.replace("old", "new")
     with pytest.raises(SystemExit):
