@@ -62,6 +62,8 @@ class FaultyServer:
         self.always: dict[str, Fault] = {}
         self.asked: list[Asked] = []
         self.latency = 0.0
+        self.held: set[str] = set()
+        """Paths whose answers wait until they are taken out."""
         self.password: str | None = None
         """user:password, asked for of everybody."""
         self.url = ""
@@ -89,6 +91,8 @@ class FaultyServer:
         try:
             if self.latency:
                 await asyncio.sleep(self.latency)
+            while key in self.held:
+                await asyncio.sleep(0.01)
             return await self._send(request, key, fault)
         finally:
             self._busy -= 1

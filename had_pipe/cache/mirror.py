@@ -184,10 +184,11 @@ class Mirror:
             raise RecipeError(
                 f"{self.folder}: not a folder; name another by --mirror or HAD_PIPE_MIRROR"
             ) from error
-        for name, raw in ((PLAN, plan.to_json()), (MANIFEST, manifest.to_json())):
-            if not _holds(self.path, name, raw):
-                write_file(self.path / name, raw, aside=self._parts)
         with self._books() as books:
+            # In here, or another process would take what is written aside for left over.
+            for name, raw in ((PLAN, plan.to_json()), (MANIFEST, manifest.to_json())):
+                if not _holds(self.path, name, raw):
+                    write_file(self.path / name, raw, aside=self._parts)
             _, books.nbytes = self._survey()
             limit = limit_nbytes or books.nbytes + free_nbytes(self.folder) * 9 // 10
         needed = 2 * max(record.nbytes for record in self._objects.values())
@@ -514,7 +515,9 @@ class Mirror:
             try:
                 self._bring(key, demanded=False)
                 with suppress(OSError):
-                    os.utime(self.path / key)  # or it is the next to be evicted
+                    os.utime(
+                        self.path / key, follow_symlinks=False
+                    )  # or it is the next to be evicted
                 return
             except _NoRoom:
                 self._press(1)

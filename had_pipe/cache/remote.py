@@ -7,6 +7,7 @@ signature that stood in the URL. Where an object lies locally is had_pipe.cache.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import http.client
 import os
@@ -18,7 +19,8 @@ import threading
 import time
 import urllib.request
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,8 @@ _ATTEMPTS = 6
 _MOVED_ON = 1 << 20
 _LONGEST_PAUSE = 60.0
 _REDIRECTS = 5
+_PLAIN = "/?%~!$&'()*+,;=:@-._"
+"""Stands in a URL as it is, letters and digits apart; `%` too, for what is escaped stays so."""
 _PIECE = 1 << 20
 _SLOWEST = 1 << 16
 """Bytes that must come while patience lasts: a server that drips is one that hangs."""
@@ -284,6 +288,7 @@ def _split(url: str) -> SplitResult:
 def _shown(parts: SplitResult) -> str:
     """A URL as messages have it."""
     host = parts.hostname or ""
+    host = f"[{host}]" if ":" in host else host
     with suppress(ValueError):
         host = f"{host}:{parts.port}" if parts.port else host
     return f"{parts.scheme}://{host}{parts.path}".rstrip("/")
@@ -299,8 +304,8 @@ class _Http:
         assert parts.hostname is not None
         self._scheme, self._host = parts.scheme, parts.hostname
         self._port = parts.port or _SCHEMES[parts.scheme]
-        self._base = quote(unquote(parts.path), safe="/~!$&'()*+,;=:@-._").rstrip("/")
-        self._query = f"?{parts.query}" if parts.query else ""
+        self._base = quote(parts.path, safe=_PLAIN).rstrip("/")
+        self._query = f"?{quote(parts.query, safe=_PLAIN)}" if parts.query else ""
         self._patience = patience
         self._headers = {
             "User-Agent": f"had-pipe/{__version__}",
@@ -369,10 +374,11 @@ class _Http:
             raise _Stop("redirected to what is no URL; give the URL where the cache lies") from None
         if (parts.scheme, parts.hostname, port) != (self._scheme, self._host, self._port):
             raise _Stop(
-                f"redirected to {shown(_shown(parts._replace(path='')))}, a host that was not "
-                "named; if you trust it, give the URL there"
+                f"redirected to {shown(_shown(parts._replace(path='')))}, which was not named; if "
+                "you trust it, give the URL there"
             )
-        return f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
+        query = f"?{quote(parts.query, safe=_PLAIN)}" if parts.query else ""
+        return f"{quote(parts.path or '/', safe=_PLAIN)}{query}"
 
     def _send(
         self, target: str, headers: dict[str, str]
@@ -631,28 +637,69 @@ class _Bucket:
                 f"AZURE_STORAGE_ACCOUNT_NAME; credentials stand in {signs[0]} and its like"
             )
 
+        # Waited for from here, so that it can be left: a call of obstore's that blocks cannot.
+        self._closing = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="had-pipe bucket", daemon=True)
+        self._thread.start()
+
     @contextmanager
     def get(self, key: str, *, start: int, etag: str | None) -> Iterator[_Body]:
         import obstore
 
         options: Any = {"range": {"offset": start}, "if_match": etag} if start else {}
-        try:
-            found = obstore.get(self._store, key, options=options)
-        except (OSError, obstore.exceptions.BaseError) as error:
-            raise self._in_words(error) from None
+        found = self._wait(lambda: obstore.get_async(self._store, key, options=options))
         meta = found.meta
         yield _Body(self._pieces(found), found.range[0], meta["size"], meta["e_tag"])
 
     def close(self) -> None:
-        """Nothing can be stopped here: a piece under way is waited for, or dropped at the end."""
+        if not self._closing.is_set():
+            self._closing.set()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=5)
 
-    def _pieces(self, found: Any) -> Iterator[Any]:
+    def _run(self) -> None:
+        async def end() -> None:
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+        self._loop.run_forever()
+        self._loop.run_until_complete(end())
+        self._loop.close()
+
+    def _wait(self, ask: Callable[[], Awaitable[Any]]) -> Any:
+        """What obstore brings when asked in the loop, for the thread that wants it."""
         from obstore.exceptions import BaseError
 
+        async def bring() -> Any:
+            return await ask()
+
+        bringing = bring()
         try:
-            yield from found.stream(min_chunk_size=_PIECE)
-        except (OSError, BaseError) as error:
-            raise self._in_words(error) from None
+            coming = asyncio.run_coroutine_threadsafe(bringing, self._loop)
+        except RuntimeError:  # the loop was closed just now
+            bringing.close()
+            raise _Again("stopped") from None
+        late = time.monotonic() + 2 * self._patience
+        while True:
+            try:
+                return coming.result(timeout=0.2)
+            except (OSError, BaseError) as error:
+                # Of a result that is still to come, or one that tells of a time out itself.
+                if not isinstance(error, TimeoutError) or coming.done():
+                    raise self._in_words(error) from None
+            except CancelledError:
+                raise _Again("stopped") from None
+            if self._closing.is_set() or time.monotonic() > late:
+                coming.cancel()
+                raise _Again(f"too little came in {2 * self._patience:.0f} s")
+
+    def _pieces(self, found: Any) -> Iterator[Any]:
+        stream = found.stream(min_chunk_size=_PIECE)
+        while piece := self._wait(lambda: anext(stream, None)):
+            yield piece
 
     def _in_words(self, error: Exception) -> _Again | _Wrong | _Stop:
         """What obstore's error means, without its text, which may hold a signed URL."""
