@@ -299,6 +299,17 @@ def test_rows_to_come_are_asked_for_in_short_pieces_unless_they_are_there(
     assert told == []
 
 
+def test_advice_about_what_is_damaged_says_nothing_yet(
+    copied: Path, told: list[tuple[int, int, int]]
+) -> None:
+    (copied / VALUE.format(1)).unlink()
+    with Cache.open(copied) as cache:
+        cache.advise("train", 0, np.array([25]))
+        assert told == []
+        with pytest.raises(CacheCorrupt, match="c/1/0/0 cannot be opened"):
+            read(cache, np.array([25]))
+
+
 def test_what_was_just_read_is_known_to_be_in_memory(
     root: Path, told: list[tuple[int, int, int]]
 ) -> None:

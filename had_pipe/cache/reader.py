@@ -20,6 +20,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +57,7 @@ from had_pipe.cache.layout import (
 from had_pipe.cache.loci import WindowTable
 from had_pipe.cache.shard import Due, Rows, Shard, ZarrRows, ZarrStore, memory_nbytes
 from had_pipe.dna.kmers import KMERS, K, reverse_complement
-from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheRefused
+from had_pipe.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheRefused, StorageError
 
 if TYPE_CHECKING:
     from had_pipe.cache.mirror import Mirror
@@ -282,6 +283,7 @@ class Cache:
         assert out.value.dtype == self._value.dtype
         assert out.value.shape[1:] == self._value.window
         targets = out.rows
+        assert len(rows) <= len(targets)
         for part, first, begin, end in runs:
             opened = self._open_part(part)
             last = first + end - begin
@@ -305,12 +307,14 @@ class Cache:
     def advise(self, split: str, view: int, rows: npt.NDArray[np.int64]) -> None:
         """Have the kernel fetch rows that will be read soon; it does not wait for them.
 
-        Opens their parts where these are local, which is then done by the time they are read.
+        Opens their parts where these are local, which is then done by the time they are read. What
+        is wrong with one is told then, too.
         """
         for part, first, begin, end in self._runs(split, view, rows)[1]:
-            opened = self._open_part(part) if self.mirror is None else self._parts.get(part)
-            if opened is not None:
-                opened.value.advise(first, end - begin)
+            with suppress(CacheError, StorageError):
+                opened = self._open_part(part) if self.mirror is None else self._parts.get(part)
+                if opened is not None:
+                    opened.value.advise(first, end - begin)
 
     def coming(self, parts: Iterable[Part]) -> None:
         """Say which parts are needed next, in that order; a mirror brings them ahead of need.
