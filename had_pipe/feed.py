@@ -472,9 +472,11 @@ class _Readers:
             return self._reading.popleft()
 
     def ready(self) -> bool:
-        """Whether `take` would not wait."""
+        """Whether `take` would neither wait nor raise."""
         with self._done:
-            return bool(self._reading) and self._reading[0].pieces == 0
+            if not self._reading:
+                return False
+            return self._reading[0].pieces == 0 and self._reading[0].error is None
 
     def give_back(self, slot: _Slot | None) -> None:
         """What a batch that was taken was read into, which may now be written again."""
@@ -514,10 +516,14 @@ class _Readers:
 
     def _advise(self) -> None:
         """Make known what will be read soon."""
-        while self._hints and not self._stopped:
+        while not self._stopped:
+            try:
+                span = self._hints.popleft()
+            except IndexError:
+                return
             # What is wrong with these windows will be said when they are read.
-            with suppress(HadPipeError, OSError, IndexError):
-                self.work.advise(self._hints.popleft())
+            with suppress(HadPipeError, OSError):
+                self.work.advise(span)
 
     def _next_piece(self) -> tuple[_Reading, Span, Rows, int] | None:
         with self._beginning:

@@ -107,6 +107,60 @@ class Slow:
         self._permits.release(1000)
 
 
+class LateCopy:
+    """Stands in for a GPU's event: nothing is copied before one waits for the copy."""
+
+    def __init__(self, block: Block, windows: int) -> None:
+        self._block, self._windows = block, windows
+        self._stored: Any = None
+        self._lock = threading.Lock()
+
+    def synchronize(self) -> None:
+        with self._lock:
+            if self._stored is None:
+                seen = feed._on_device(self._block, self._windows, torch.device("cpu"))
+                arrays = {name: None if x is None else x.clone() for name, x in vars(seen).items()}
+                self._stored = feed._Stored(**arrays)
+
+    @property
+    def stored(self) -> Any:
+        self.synchronize()
+        return self._stored
+
+
+class LateGpu:
+    """Stands in for a GPU that does everything as late as it may."""
+
+    def __init__(self, caches: Sequence[Cache], device: torch.device, space: feed.Space) -> None:
+        self._decode = feed.Decode(caches, torch.device("cpu"), space)
+        self.staged = 0
+
+    def stage(self, slot: Any, position: int, spans: tuple[feed.Span, ...]) -> Any:
+        slot.copied = LateCopy(slot.block, sum(len(span.row) for span in spans))
+        self.staged += 1
+        return slot.copied, position, spans
+
+    def hand_over(self, staged: Any) -> Batch:
+        copied, position, spans = staged
+        return self._decode(copied.stored, position, spans)
+
+
+@pytest.fixture
+def late_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams on "cuda" then use it, and memory that is not page-locked."""
+    plain = feed.Fused()
+    plain.failed = True
+    monkeypatch.setattr(feed, "_fused", plain)
+    monkeypatch.setattr(feed, "_Gpu", LateGpu)
+    allocate = feed._Storing._allocate
+
+    def unpinned(storing: Any) -> Block:
+        storing._pinned = False
+        return allocate(storing)
+
+    monkeypatch.setattr(feed._Storing, "_allocate", unpinned)
+
+
 # What is read
 
 
@@ -433,18 +487,20 @@ def damaged(folder: Path, *, row: int) -> Path:
     return path
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("prefetch", [1, 1 << 20])
 def test_a_readers_error_is_raised_in_its_batchs_turn_and_again(
-    tmp_path: Path, prefetch: int
+    tmp_path: Path, late_gpu: None, prefetch: int, device: str
 ) -> None:
     before = readers()
     path = damaged(tmp_path / "a", row=40)
-    stream = Stream([path], batch=8, seed=0, threads=3, prefetch=prefetch)
+    stream = Stream([path], batch=8, seed=0, threads=3, prefetch=prefetch, device=device)
     bad = next(p for p in range(12) if (0, 0, 40) in windows_of_spans(stream, p))
     assert 0 < bad < 11
     for position in range(bad):
         batch = next(stream)
         assert batch.position == position
+        time.sleep(0.02)  # what comes next has been read by then
     for _ in range(3):
         with pytest.raises(CacheCorrupt, match="window 8 of this shard"):
             next(stream)
@@ -713,60 +769,11 @@ def test_where_nothing_can_be_compiled_decoding_is_as_it_was_and_says_so_once(
     ]
 
 
-class LateCopy:
-    """Stands in for a GPU's event: nothing is copied before one waits for the copy."""
-
-    def __init__(self, block: Block, windows: int) -> None:
-        self._block, self._windows = block, windows
-        self._stored: Any = None
-        self._lock = threading.Lock()
-
-    def synchronize(self) -> None:
-        with self._lock:
-            if self._stored is None:
-                seen = feed._on_device(self._block, self._windows, torch.device("cpu"))
-                arrays = {name: None if x is None else x.clone() for name, x in vars(seen).items()}
-                self._stored = feed._Stored(**arrays)
-
-    @property
-    def stored(self) -> Any:
-        self.synchronize()
-        return self._stored
-
-
-class LateGpu:
-    """Stands in for a GPU that does everything as late as it may."""
-
-    def __init__(self, caches: Sequence[Cache], device: torch.device, space: feed.Space) -> None:
-        self._decode = feed.Decode(caches, torch.device("cpu"), space)
-        self.staged = 0
-
-    def stage(self, slot: Any, position: int, spans: tuple[feed.Span, ...]) -> Any:
-        slot.copied = LateCopy(slot.block, sum(len(span.row) for span in spans))
-        self.staged += 1
-        return slot.copied, position, spans
-
-    def hand_over(self, staged: Any) -> Batch:
-        copied, position, spans = staged
-        return self._decode(copied.stored, position, spans)
-
-
 @pytest.mark.parametrize("prefetch", [1, 1 << 20])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_no_slot_is_written_before_a_gpu_has_copied_it(
-    made: Made, monkeypatch: pytest.MonkeyPatch, prefetch: int, threads: int
+    made: Made, late_gpu: None, prefetch: int, threads: int
 ) -> None:
-    plain = feed.Fused()
-    plain.failed = True
-    monkeypatch.setattr(feed, "_fused", plain)
-    monkeypatch.setattr(feed, "_Gpu", LateGpu)
-    allocate = feed._Storing._allocate
-
-    def unpinned(storing: Any) -> Block:
-        storing._pinned = False
-        return allocate(storing)
-
-    monkeypatch.setattr(feed._Storing, "_allocate", unpinned)
     caches = alike(made, {"codec": "int8"})
     options: dict[str, Any] = {"batch": 20, "seed": 1, "weights": [2, 1], "prefetch": prefetch}
     with (
