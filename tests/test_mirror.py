@@ -555,6 +555,78 @@ def test_a_process_killed_while_it_downloads_leaves_nothing_that_looks_whole(
         assert contents(mirror, SHARD) == (cache / SHARD).read_bytes()
 
 
+_READ_AND_DIE = """
+import os, random, sys
+from pathlib import Path
+from had_pipe.cache.mirror import Mirror
+url, folder, limit, *keys = sys.argv[1:]
+while True:
+    worker = os.fork()
+    if worker == 0:
+        chosen = random.Random(os.getpid())
+        mirror = Mirror(url, folder=Path(folder), limit_nbytes=int(limit))
+        mirror.coming(chosen.choices(keys, k=500))
+        while True:
+            with os.fdopen(mirror.open(chosen.choice(keys)), "rb") as file:
+                file.read()
+    print(worker, flush=True)
+    sys.stdin.readline()
+    os.kill(worker, 9)
+    os.waitpid(worker, 0)
+"""
+
+
+@pytest.mark.slow
+def test_what_lies_in_a_mirror_is_whole_whoever_was_killed_when(
+    cache: Path, server: FaultyServer, tmp_path: Path
+) -> None:
+    keys = [
+        str(path.relative_to(cache))
+        for path in cache.rglob("*")
+        if path.is_file() and path.name not in ("plan.json", "manifest.json")
+    ]
+    expected = {key: (cache / key).read_bytes() for key in keys}
+    limit, kills, chosen = 4 * SHARD_NBYTES, 0, random.Random(1)
+    command = [sys.executable, "-c", _READ_AND_DIE, server.url, str(tmp_path), str(limit), *keys]
+    readers = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for _ in range(3)
+    ]
+    try:
+        deadline = time.monotonic() + 12
+        while time.monotonic() < deadline:
+            for reader in chosen.sample(readers, 3):
+                assert reader.stdin is not None
+                assert reader.stdout is not None
+                assert reader.stdout.readline().strip().isdigit()  # another one begins
+                time.sleep(chosen.uniform(0.01, 0.1))
+                reader.stdin.write("\n")
+                reader.stdin.flush()
+                kills += 1
+            for key in keys:
+                for path in tmp_path.glob(f"[0-9a-f]*/{key}"):
+                    with suppress(FileNotFoundError):
+                        assert path.read_bytes() == expected[key]
+    finally:
+        for reader in readers:
+            os.killpg(reader.pid, signal.SIGKILL)
+            reader.communicate()
+    with closing(mirrored(server, tmp_path, limit_nbytes=limit)) as mirror:
+        assert list((tmp_path / ".parts").iterdir()) == []
+        assert held_nbytes(tmp_path) == int((tmp_path / ".usage").read_bytes())
+        for key in keys:
+            assert contents(mirror, key) == expected[key]
+        assert held_nbytes(tmp_path) <= limit
+    assert kills > 20
+    print(f"{kills} kills")
+
+
 def test_a_download_under_way_elsewhere_is_not_swept_away(
     cache: Path, server: FaultyServer, tmp_path: Path
 ) -> None:
