@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -112,6 +113,8 @@ class PeerProcess:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                # No library has anything to ask of a network here.
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
             )
         try:
             self.versions: dict[str, str] = self._ask(job)["versions"]

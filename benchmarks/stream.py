@@ -659,7 +659,9 @@ def soak(bench: Bench, *, seconds: float) -> dict[str, Any]:
         return (whole - shared) * page
 
     before = held()
-    times, nbytes, batches = [], [], 0
+    times: list[float] = []
+    nbytes: list[int] = []
+    batches = 0
     with bench.stream(bench.cache, BATCH) as stream:
         begun = perf_counter()
         while (now := perf_counter() - begun) < seconds:
@@ -708,11 +710,12 @@ def measure(
         answer["ratio_raw_read_never"] = against["stream, never"]["ratio"]
         answer["ratio_raw_read_decoded"] = against["stream, decoded"]["ratio"]
         answer["ratio_memcpy"] = usual["against_memcpy"]
-        answer["ratio_memmap"] = usual["against_memmap"]
+        answer["ratio_peers"] = {"np.memmap": usual["against_memmap"]}
     if "peers" in sections:
         say("peers")
         answer.update(peers(bench, size, names=names))
-        answer["ratio_peers"] = {n: told["ratio"] for n, told in answer["peers"].items()}
+        ratio = {name: told["ratio"] for name, told in answer["peers"].items()}
+        answer["ratio_peers"] = {**answer.get("ratio_peers", {}), **ratio}
     if "wait" in sections:
         say("wait")
         answer["wait"] = {"cpu": wait(bench, size, device="cpu", batch=size.wait_batch)}

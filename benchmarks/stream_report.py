@@ -43,8 +43,8 @@ def tables(result: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
             seconds = (f"{told[key]:.3f}" for key in ("step_seconds", "step_seconds_in_memory"))
             low, high = told["range"]
             share = f"{told['wait_share']:.2%}"
-            ratio = (f"{told['ratio_in_memory']:.3f}", f"{low:.3f} to {high:.3f}")
-            rows.append([device, str(told["batch"]), *seconds, *ratio, share])
+            slower = (f"{told['ratio_in_memory']:.3f}", f"{low:.3f} to {high:.3f}")
+            rows.append([device, str(told["batch"]), *seconds, *slower, share])
         found.append(("training steps", rows))
     if "remote" in result:
         part = result["remote"]
