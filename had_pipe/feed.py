@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from time import monotonic, perf_counter
@@ -33,7 +33,6 @@ from torch import Tensor
 
 from had_pipe.cache import Block, Cache, Codec
 from had_pipe.dna import kmers
-from had_pipe.errors import HadPipeError
 
 Rows = npt.NDArray[np.int64]
 Space = Literal["raw", "normalised"]
@@ -498,10 +497,10 @@ class _Readers:
 
     def _run(self) -> None:
         while (piece := self._next_piece()) is not None:
-            self._advise()
             reading, span, rows, first = piece
             error = None
             try:
+                self._advise()
                 if reading.error is None:
                     self.work.read(reading.memory, span, rows, first)
             except BaseException as caught:
@@ -521,9 +520,7 @@ class _Readers:
                 span = self._hints.popleft()
             except IndexError:
                 return
-            # What is wrong with these windows will be said when they are read.
-            with suppress(HadPipeError, OSError):
-                self.work.advise(span)
+            self.work.advise(span)
 
     def _next_piece(self) -> tuple[_Reading, Span, Rows, int] | None:
         with self._beginning:

@@ -169,11 +169,6 @@ class Stream:
             mirror=_combined(operator.add, *mirrors),
         )
 
-    @property
-    def wait_seconds(self) -> float:
-        """How long the caller has been kept waiting in `next`."""
-        return self._feed.wait_seconds
-
     def close(self) -> None:
         """End the threads, and close the caches that were opened here."""
         self._feed.stop()

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": {"errors", "dna", "students"},
     "checkpoint": {"errors", "durable"},
     "order": {"errors", "draws"},
-    "feed": {"errors", "dna", "cache"},
+    "feed": {"dna", "cache"},
     "stream": {"errors", "order", "cache", "feed"},
     "hold": {"errors", "durable"},
     "floors": {"dna"},

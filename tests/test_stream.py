@@ -233,4 +233,4 @@ def test_waiting_is_counted_and_working_is_not(made: Made) -> None:
             next(stream)
             time.sleep(0.02)
         spent = time.perf_counter() - begun
-        assert 0 < stream.wait_seconds <= spent - 0.1
+        assert 0 < stream.stats().wait_seconds <= spent - 0.1
