@@ -39,6 +39,7 @@ from had_pipe.job import (
 from had_pipe.parts import batch_windows, embed_batch, not_finite, to_numpy
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe
+from had_pipe.teachers.knowledge import Knowledge
 from had_pipe.teachers.teacher import Teacher
 
 _PROBE_SECONDS = 5.0
@@ -106,6 +107,8 @@ class Survey:
     seconds: float
     licence: str
     licence_implies: str
+    knowledge: Knowledge | None
+    """What the teacher knows of hidden 6-mers here; None where it was not asked, or too little."""
     notes: Sequence[str]
 
 
@@ -136,7 +139,7 @@ def survey(
     batch = batch_windows(teacher, kmers=asked.windows.kmers, part=asked.cache.part)
     probe = _probe(asked, teacher, coverage.sample, batch, windows, report)
     losses = _losses(probe.sample, list(plans), teacher, given, report)
-    doubt = _doubt(asked, teacher, coverage.sample, report)
+    known, doubts = _asked_for_hidden(asked, teacher, coverage.sample, report)
     files = len(expected_keys(plan)) + 1  # and the manifest
     costs = {name: _cost(outline, losses.get(name)) for name, outline in plans.items()}
     state, left = _state(asked, references, teacher, given)
@@ -173,7 +176,8 @@ def survey(
         seconds=windows / probe.windows_per_second,
         licence=asked.cache.licence or teacher.licence,
         licence_implies=_implied(asked.cache.licence or teacher.licence),
-        notes=[*doubt, *_notes(asked, needed=needed, files=needed_files)],
+        knowledge=known,
+        notes=[*doubts, *_notes(asked, needed=needed, files=needed_files)],
     )
 
 
@@ -321,15 +325,16 @@ def _losses(
     return losses
 
 
-def _doubt(asked: Job, teacher: Teacher, shown: corpus.Shown, report: Reporter) -> list[str]:
-    """Why extraction would not take this teacher, if so."""
+def _asked_for_hidden(
+    asked: Job, teacher: Teacher, shown: corpus.Shown, report: Reporter
+) -> tuple[Knowledge | None, list[str]]:
+    """What the teacher knows of this DNA, or why extraction would not take it."""
     if asked.teacher.unchecked:
-        return []
+        return None, []
     try:
-        check_knowledge(teacher, shown.kmer_id, shown.mask, report)
+        return check_knowledge(teacher, shown.kmer_id, shown.mask, report), []
     except InputError as error:
-        return [f"extract-teacher refuses to begin: {error}"]
-    return []
+        return None, [f"extract-teacher refuses to begin: {error}"]
 
 
 def _state(

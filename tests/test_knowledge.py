@@ -180,7 +180,11 @@ def test_the_right_teacher_passes_and_the_plan_says_nothing_of_it(
     told.clear()
     extract(recipe, device="cpu", report=told.append)
     assert "asking the teacher for hidden 6-mers" not in {progress.what for progress in told}
-    assert not survey(recipe, device="cpu").notes
+    found = survey(recipe, device="cpu")
+    assert not found.notes
+    assert found.knowledge is not None
+    assert found.knowledge.enough
+    assert found.knowledge.nats < found.knowledge.frequency_nats < math.log(4096) + 0.01
 
 
 def test_what_the_recipe_lets_through_is_recorded_and_stays_recorded(

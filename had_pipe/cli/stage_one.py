@@ -87,6 +87,8 @@ def _survey_facts(found: Survey) -> list[tuple[str, str]]:
             f"input {teacher['input']}",
         ),
     ]
+    if found.knowledge is not None:
+        facts.append(("", f"it takes {found.knowledge}"))
     for genome in found.genomes:
         facts += [
             (
