@@ -159,8 +159,7 @@ class Shard:
         # One digest of the whole: a CRC for each of so many short rows takes longer.
         if check and hashlib.sha256(raw.data).hexdigest() != self._sha256:
             for row in range(windows):
-                if crc32c.crc32c(rows[row].data) != self.crc[row]:
-                    raise self._wrong_crc(row)
+                self._check(row, rows[row].data)
             raise CacheCorrupt(
                 f"{self.path}: SHA-256 is not what its receipt says; `had-pipe cache verify` finds "
                 "all damage"
@@ -218,9 +217,7 @@ class Shard:
                     arrays[place][low - begin : high - begin] = buffer[low - at : high - at]
                 whole = low < high == begin + nbytes
                 if whole and due is not None and due[place]:
-                    if crc32c.crc32c(targets[place]) == self.crc[first + place]:
-                        continue
-                    raise self._wrong_crc(first + place)
+                    self._check(first + place, targets[place])
             at += got
 
     def _is_cached(self, offset: int) -> bool:
@@ -241,6 +238,10 @@ class Shard:
     def _drop(self) -> None:
         # The file as a whole: of a stretch, the kernel keeps every large page that reaches beyond.
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def _check(self, row: int, payload: memoryview) -> None:
+        if crc32c.crc32c(payload) != self.crc[row]:
+            raise self._wrong_crc(row)
 
     def _wrong_crc(self, row: int) -> CacheCorrupt:
         return CacheCorrupt(
