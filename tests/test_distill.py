@@ -219,7 +219,7 @@ def stall() -> None:
     time.sleep(60)
 
 
-@pytest.mark.parametrize("step", [0, 7, 10])
+@pytest.mark.parametrize("step", [0, 7])
 def test_a_signal_while_data_is_waited_for_stops_at_once_and_loses_nothing(
     tmp_path: Path,
     cache: Path,
@@ -282,18 +282,16 @@ def test_a_validation_that_is_stopped_is_made_by_whoever_goes_on(
     assert_same_run(tmp_path / "run", straight)
 
 
-@pytest.mark.parametrize("step", [0, 7])
 def test_what_was_learnt_is_kept_when_a_network_goes_away(
     tmp_path: Path,
     cache: Path,
     straight: DistillSummary,
     monkeypatch: pytest.MonkeyPatch,
-    step: int,
 ) -> None:
     class Cut(Stream):
         def __next__(self) -> Batch:
             batch = super().__next__()
-            if batch.position == step:
+            if batch.position == 7:
                 raise NetworkError("the host is gone")
             return batch
 
@@ -304,7 +302,7 @@ def test_what_was_learnt_is_kept_when_a_network_goes_away(
             with pytest.raises(NetworkError):
                 distill(recipe)
             saved = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
-            assert [path.name for path in saved] == [f"step-{step:08d}"]
+            assert [path.name for path in saved] == ["step-00000007"]
     distill(recipe)
     assert_same_run(tmp_path / "run", straight)
 
