@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,8 @@ def everything(folder: Path) -> list[bytes]:
         for view in cache.views(split):
             block = cache.allocate(len(rows))
             cache.read(split, view, rows, block)
-            found += [array.tobytes() for array in vars(block).values() if array is not None]
+            arrays = [getattr(block, each.name) for each in fields(block)]
+            found += [array.tobytes() for array in arrays if array is not None]
     return found
 
 
