@@ -140,22 +140,15 @@ class Stream:
 
     def arrays(self) -> Iterator[Arrays]:
         """The same batches as NumPy arrays."""
-        while True:
-            arrays = self._feed.arrays()
-            assert arrays is not None
-            self.position = arrays.position + 1
-            yield arrays
+        # No generator: one would end with the first error or interrupt.
+        return iter(self._next_arrays, None)
 
     def blocks(self) -> Iterator[tuple[Block, ...]]:
         """The batches as they are stored, not decoded, a block for each of a batch's spans.
 
         One is overwritten after the next is asked for.
         """
-        while True:
-            blocks = self._feed.blocks()
-            assert blocks is not None
-            self.position += 1
-            yield blocks
+        return iter(self._next_blocks, None)
 
     def stats(self) -> StreamStats:
         """What was handed over since the stream began."""
@@ -177,6 +170,18 @@ class Stream:
         # Before the threads end: one that waits for a network then waits no more.
         self._close_caches()
         self._feed.close()
+
+    def _next_arrays(self) -> Arrays | None:
+        arrays = self._feed.arrays()
+        assert arrays is not None
+        self.position = arrays.position + 1
+        return arrays
+
+    def _next_blocks(self) -> tuple[Block, ...] | None:
+        blocks = self._feed.blocks()
+        assert blocks is not None
+        self.position += 1
+        return blocks
 
     def __enter__(self) -> Self:
         return self

@@ -511,6 +511,16 @@ def test_a_readers_error_is_raised_in_its_batchs_turn_and_again(
     stream.close()
 
 
+@pytest.mark.parametrize("read", [iter, Stream.arrays, Stream.blocks])
+def test_an_error_comes_again_however_one_reads(tmp_path: Path, read: Any) -> None:
+    with Stream([damaged(tmp_path / "a", row=40)], batch=8, seed=0) as stream:
+        batches = read(stream)
+        for _ in range(2):
+            with pytest.raises(CacheCorrupt, match="window 8 of this shard"):
+                list(islice(batches, 13))
+            assert stream.position < 12
+
+
 def windows_of_spans(stream: Stream, position: int) -> list[Window]:
     return [(s.cache, s.epoch, row) for s in stream.spans(position) for row in s.row.tolist()]
 
