@@ -310,11 +310,19 @@ def test_a_server_that_drips_for_ever_is_given_up(server: FaultyServer, tmp_path
         (b"HTTP/1.1 100 Continue\r\n\r\n",),
         (b"HTTP/1.1 200 OK\r\n", b"X-More: 1\r\n"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"X: 1\r\n"),
+        (
+            b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n",
+            b"X: 1\r\n",
+        ),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0"),
         (b"", b"x"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", b"x"),
     ],
-    ids=["continue", "headers", "trailers", "chunk length", "noise", "negative length"],
+    ids=[
+        *("continue", "headers", "trailers", "last trailers", "chunk length", "noise"),
+        "negative length",
+    ],
 )
 def test_a_server_that_talks_for_ever_is_given_up(
     tmp_path: Path, answer: tuple[bytes, ...]
@@ -837,7 +845,10 @@ def test_many_threads_in_a_small_mirror_over_a_bad_network_read_what_is_there(
             thread.join()
         assert failed == []
         assert mirror.stats().evicted_nbytes > 0
-    assert held_nbytes(tmp_path) == int((tmp_path / ".usage").read_bytes()) <= 5 * SHARD_NBYTES
+    # What was just renamed may be counted twice, until somebody looks around again.
+    assert held_nbytes(tmp_path) <= int((tmp_path / ".usage").read_bytes()) <= 5 * SHARD_NBYTES
+    with closing(mirrored(server, tmp_path)):
+        assert held_nbytes(tmp_path) == int((tmp_path / ".usage").read_bytes())
 
 
 # What is to come
@@ -918,12 +929,20 @@ def closes_soon(server: FaultyServer, mirror: Mirror) -> None:
     nothing_came(mirror, SHARD)
 
 
-def test_a_mirror_closes_in_the_middle_of_everything(server: FaultyServer, tmp_path: Path) -> None:
-    server.always[SHARD] = server.always[OTHER] = Fault(stall_after=5)
-    mirror = mirrored(server, tmp_path, patience=30)
-    mirror.coming([OTHER])
-    settled(lambda: server.count(OTHER))
-    closes_soon(server, mirror)
+@pytest.mark.parametrize("last", [False, True], ids=["kept", "last answer"])
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "secure"])
+def test_a_mirror_closes_in_the_middle_of_everything(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secure: bool, last: bool
+) -> None:
+    context, authority = certified(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority))
+    stall = Fault(stall_after=5, headers={"Connection": "close"} if last else {})
+    with serving(cache, tls=context if secure else None) as server:
+        server.always[SHARD] = server.always[OTHER] = stall
+        mirror = mirrored(server, tmp_path / "m", patience=30)
+        mirror.coming([OTHER])
+        settled(lambda: server.count(OTHER))
+        closes_soon(server, mirror)
 
 
 def test_a_cache_tells_its_mirror_what_comes(

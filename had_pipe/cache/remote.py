@@ -314,7 +314,8 @@ class _Http:
         if parts.username is not None:
             self._headers["Authorization"] = _basic(parts.username, parts.password)
         self._idle: list[http.client.HTTPConnection] = []
-        self._busy: set[http.client.HTTPConnection] = set()
+        # A connection forgets its socket where the answer to come is the last.
+        self._busy: dict[http.client.HTTPConnection, socket.socket] = {}
         self._closed = False
         self._lock = threading.Lock()
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
@@ -345,8 +346,8 @@ class _Http:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            for connection in self._busy:
-                _hang_up(connection)
+            for sock in self._busy.values():
+                _hang_up(sock)
             for connection in self._idle:
                 connection.close()
             self._idle.clear()
@@ -404,10 +405,12 @@ class _Http:
     def _ask(
         self, connection: http.client.HTTPConnection, target: str, headers: dict[str, str]
     ) -> http.client.HTTPResponse:
-        with self._lock:
-            self._busy.add(connection)
         if connection.sock is None:
             connection.connect()
+        with self._lock:
+            if self._closed:
+                raise _Again("stopped")
+            self._busy[connection] = connection.sock
         if self._proxy is not None and self._tls is None:
             target = f"http://{self._authority}{target}"
             headers = headers | self._proxy.headers
@@ -422,10 +425,11 @@ class _Http:
         A socket's timeout is for one read, and headers are many.
         """
         late = threading.Event()
+        sock = self._busy[connection]
 
         def end() -> None:
             late.set()
-            _hang_up(connection)
+            _hang_up(sock)
 
         watch = threading.Timer(2 * self._patience, end)
         watch.daemon = True
@@ -512,7 +516,7 @@ class _Http:
 
     def _keep(self, connection: http.client.HTTPConnection) -> None:
         with self._lock:
-            self._busy.discard(connection)
+            self._busy.pop(connection, None)
             if not self._closed:
                 self._idle.append(connection)
                 return
@@ -520,7 +524,7 @@ class _Http:
 
     def _drop(self, connection: http.client.HTTPConnection) -> None:
         with self._lock:
-            self._busy.discard(connection)
+            self._busy.pop(connection, None)
         connection.close()
 
 
@@ -563,12 +567,11 @@ def _retry_after(response: http.client.HTTPResponse) -> float:
     return float(wished) if re.fullmatch(r"\d{1,4}", wished) else 0.0
 
 
-def _hang_up(connection: http.client.HTTPConnection) -> None:
+def _hang_up(sock: socket.socket) -> None:
     """End a connection under whoever reads from it: it reads nothing more."""
-    sock = connection.sock
-    if sock is not None:
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError):
+        # Not a TLS socket's own, which takes from under the reader what it decrypts with.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def _in_words(error: OSError | http.client.HTTPException, patience: float) -> _Again | _Stop:
