@@ -39,7 +39,7 @@ from had_pipe.floors import Floors, Seen
 from had_pipe.hold import held
 from had_pipe.learner import TERMS, Gradient, Learner, learning_rate
 from had_pipe.objectives import HADObjective
-from had_pipe.order import ORDER_VERSION
+from had_pipe.order import ORDER_VERSION, whole_weights
 from had_pipe.pace import Pace, shown
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe
@@ -113,11 +113,8 @@ def distill(
     if not above.is_dir():
         raise RecipeError(f"[train] out = {out}: {above} is not a folder; use another [train] out")
     sources = list(caches or [recipe.cache.path])
-    if recipe.train.weights is not None and len(recipe.train.weights) != len(sources):
-        raise RecipeError(
-            f"[train] weights = {list(recipe.train.weights)}: {len(recipe.train.weights)} for "
-            f"{len(sources)} caches; give one for each, in the order of --cache"
-        )
+    if recipe.train.weights is not None:
+        whole_weights(recipe.train.weights, len(sources))  # refused before anything is begun
     with ExitStack() as closing:
         opened = [
             closing.enter_context(

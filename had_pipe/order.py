@@ -91,7 +91,7 @@ class Mix:
             self._orders = [Order(corpora, seed=seed)]
             cycle = [0]
         else:
-            cycle = _cycle(_whole(weights, len(corpora)))
+            cycle = _cycle(whole_weights(weights, len(corpora)))
             self._orders = [Order([one], seed=seed, key=i) for i, one in enumerate(corpora)]
         self._caches = len(corpora)
         self._cycle_M = np.array(cycle, dtype=np.int64)
@@ -387,8 +387,8 @@ class _Epoch:
         return place_K
 
 
-def _whole(weights: Sequence[float], caches: int) -> list[int]:
-    """Weights as the smallest whole numbers in their proportion."""
+def whole_weights(weights: Sequence[float], caches: int) -> list[int]:
+    """Weights as the smallest whole numbers in their proportion; RecipeError if there are none."""
     told = f"[train] weights = [{', '.join(str(weight) for weight in weights)}]"
     if len(weights) != caches:
         raise RecipeError(

@@ -467,6 +467,8 @@ def _requirement(fault: ErrorDetails) -> str:
     if kind == "tuple_type":
         of = "tables" if len(fault["loc"]) == 1 else "numbers"
         return f"a list of {of}, not {type(value).__name__}"
+    if kind == "too_short":
+        return "a list of at least one"
     if kind in _EXPECTED:
         return f"{_EXPECTED[kind]}, not {type(value).__name__}"
     bounds = {

@@ -693,14 +693,19 @@ def test_weights_mix_caches_and_are_part_of_what_a_run_is(tmp_path: Path, cache:
 # Refusals
 
 
-@pytest.mark.parametrize("weights", [[1], [1, 1, 1]])
-def test_weights_for_another_number_of_caches_are_refused(
-    tmp_path: Path, cache: Path, weights: list[int]
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ([1], "1 for 2 caches; give one for each"),
+        ([1, 1, 1], "3 for 2 caches; give one for each"),
+        ([0.123456, 1], "these add up to 17,554"),
+    ],
+)
+def test_weights_that_cannot_be_kept_to_are_refused_before_a_run_begins(
+    tmp_path: Path, cache: Path, weights: list[float], said: str
 ) -> None:
     recipe = a_recipe(cache, tmp_path / "run", weights=weights)
-    with pytest.raises(
-        RecipeError, match=r"\[train\] weights = .* for 2 caches; give one for each"
-    ):
+    with pytest.raises(RecipeError, match=rf"\[train\] weights = .*{said}"):
         distill(recipe, caches=[cache, cache])
     assert not (tmp_path / "run").exists()
 

@@ -101,6 +101,7 @@ def test_weights_are_positive_numbers_one_a_cache(tmp_path: Path) -> None:
         ("[3, '1']", "weights = '1': must be a number, not str"),
         ("[3, inf]", "weights = inf: must be finite"),
         ("3", "weights = 3: must be a list of numbers, not int"),
+        ("[]", "weights = []: must be a list of at least one"),
     ):
         assert faults(tmp_path, WHOLE + f"weights = {value}\n") == [f"[train] {said}"]
 
