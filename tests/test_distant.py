@@ -225,6 +225,12 @@ def test_what_is_not_there_exits_with_9_and_names_the_url(
     assert not (tmp_path / "copy").exists()
 
 
+def test_fetch_of_a_folder_says_that_it_is_no_url(tmp_path: Path, cache: Path) -> None:
+    refused = had_pipe("cache", "fetch", cache, tmp_path / "copy")
+    assert refused.exit_code == 2
+    assert "had-pipe: a name that is no URL: a cache can be read from http://" in refused.stderr
+
+
 def test_fetch_copies_a_cache_and_says_so_again(
     tmp_path: Path, cache: Path, server: FaultyServer
 ) -> None:

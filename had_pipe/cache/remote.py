@@ -271,9 +271,10 @@ def _split(url: str) -> SplitResult:
     except ValueError:
         raise RecipeError(f"a URL that cannot be read; expected one with {known}") from None
     if parts.scheme not in _SCHEMES:
+        named = f"{shown(parts.scheme)}://..." if parts.scheme else "a name that is no URL"
         raise RecipeError(
-            f"{shown(parts.scheme)}://...: a cache can be read from {known} or a folder; give one "
-            "of these, or download it"
+            f"{named}: a cache can be read from {known} or a folder; give one of these, or "
+            "download it"
         )
     if not parts.hostname or shown(url) != url or " " in url:
         raise RecipeError(f"{_shown(parts)}: not a URL of a folder; expected {known} and a host")
