@@ -523,6 +523,10 @@ def unknown_code(folder: Path) -> None:
     )
 
 
+def tokenizer_pointer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "byte pairs": (bpe, r"its tokens are of 1 to 4 bases \(byte pairs, BPE: .*\)"),
     "k-mers spelt apart": (spelt_apart, r"does not know plain DNA: .* overlapping k-mers"),
@@ -538,6 +542,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a length that is no number": (
         lambda f: tokenizer_config(f, model_max_length="x"),
         r"its tokenizer, a \w+, does not read DNA",
+    ),
+    "a pointer": (
+        tokenizer_pointer,
+        r"tokenizer\.json: a Git LFS pointer in place of the file; .*git lfs pull",
     ),
     "a damaged tokenizer": (
         lambda f: (f / "tokenizer.json").write_text("{"),

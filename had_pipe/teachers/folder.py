@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Weights in one file, the better form first; in shards, each has an index of its own name."""
 
+_WEIGHT_SUFFIXES = {Path(name).suffix for name in WEIGHT_FILES}
 _LFS = b"version https://git-lfs"
 _LARGEST_CONFIG = 1 << 22
 _LARGEST_INDEX = 1 << 26
@@ -73,7 +74,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
 def _read_json(path: Path, limit: int) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: expected an ordinary file; get the file again.")
-    _refuse_pointer(path)
+    refuse_pointer(path)
     try:
         with path.open("rb") as file:
             raw = file.read(limit + 1)
@@ -89,14 +90,14 @@ def _read_json(path: Path, limit: int) -> dict[str, Any]:
     return found
 
 
-def _refuse_pointer(path: Path) -> None:
+def refuse_pointer(path: Path) -> None:
     """Raises InputError where git has left a pointer to a file instead of the file."""
     if path.is_file():
         with path.open("rb") as file:
             if file.read(len(_LFS)) == _LFS:
                 raise InputError(
                     f"{path}: a Git LFS pointer in place of the "
-                    f"{'file' if path.suffix == '.json' else 'weights'}; "
+                    f"{'weights' if path.suffix in _WEIGHT_SUFFIXES else 'file'}; "
                     "fetch what it stands for with `git lfs pull`."
                 )
 
@@ -111,9 +112,12 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         else:
             continue
         for path in files:
-            _refuse_pointer(path)
+            refuse_pointer(path)
         return files
-    raise InputError(f"{folder}: no weights: neither {' nor '.join(WEIGHT_FILES)} is here.")
+    raise InputError(
+        f"{folder}: no weights: neither {' nor '.join(WEIGHT_FILES)} is here; get the "
+        "whole checkpoint."
+    )
 
 
 def _shards(folder: Path, name: str) -> tuple[Path, ...]:

@@ -35,6 +35,7 @@ from had_pipe.teachers.folder import (
     TOKENIZER_FILES,
     read_config_file,
     read_weights,
+    refuse_pointer,
     weight_files,
 )
 from had_pipe.teachers.numerics import compute_dtype, dtype_name, numerics
@@ -153,6 +154,7 @@ def _tokenizer(folder: Path) -> Any:
                 f"{path}: expected an ordinary file of at most {_LARGEST_TOKENIZER:,} bytes; "
                 "get the file again."
             )
+        refuse_pointer(path)
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(
