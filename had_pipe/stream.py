@@ -21,7 +21,7 @@ from operator import attrgetter
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -77,9 +77,12 @@ class Stream:
         has epochs of its own. `prefetch` bounds the bytes read ahead, but for two batches, which
         there always are. A path or URL is opened here, and closed with the stream.
         """
+        assert not isinstance(caches, str | Path), "caches is a list, of one too"
+        assert space in get_args(Space), f"space={space!r}, not one of {get_args(Space)}"
         assert batch > 0
         assert start >= 0
         assert 0 <= rank < ranks
+        assert threads is None or threads > 0, f"threads={threads}"
         if batch % ranks:
             raise RecipeError(
                 f"[train] batch = {batch}: must be a multiple of the {ranks} processes, so that "

@@ -225,6 +225,24 @@ def test_a_batch_must_divide_among_the_ranks(made: Made) -> None:
         Stream([cache], batch=10, seed=0, ranks=3)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"space": "normalized"}, "space='normalized', not one of"), ({"threads": -1}, "threads")],
+)
+def test_a_setting_that_is_none_is_not_taken_for_another(
+    made: Made, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(AssertionError, match=said):
+        Stream([made()], batch=8, seed=0, **given)
+
+
+def test_a_cache_alone_is_not_taken_for_a_list_of_letters(made: Made) -> None:
+    path = made().path
+    for cache in (path, str(path)):
+        with pytest.raises(AssertionError, match="caches is a list"):
+            Stream(cache, batch=8, seed=0)  # type: ignore[arg-type]
+
+
 def test_waiting_is_counted_and_working_is_not(made: Made) -> None:
     cache = made()
     with Stream([cache], batch=8, seed=0) as stream:
