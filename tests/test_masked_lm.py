@@ -710,6 +710,20 @@ def test_other_tokens_under_the_same_weights_are_another_class_of_arithmetic(
     assert differing == {"tokens"}
 
 
+@a_bert
+def test_another_config_under_the_same_weights_is_another_class_of_arithmetic(
+    family_folder: Path, folders: dict[str, Path]
+) -> None:
+    before = loaded(folders["bert"])
+    config(dtype="float16", transformers_version="4.0.0", license="mit")(family_folder)
+    assert load(family_folder).numerics == before.numerics
+    config(hidden_act="relu")(family_folder)
+    after = load(family_folder)
+    assert after.weights_sha256 == before.weights_sha256
+    differing = {key for key in after.numerics if after.numerics[key] != before.numerics[key]}
+    assert differing == {"config"}
+
+
 @pytest.mark.parametrize("layer", [0, LAYERS + 1, -2])
 def test_a_layer_that_does_not_exist_is_refused(folders: dict[str, Path], layer: int) -> None:
     with pytest.raises(RecipeError, match=rf"layer = {layer}: \S+ has blocks 1 to 3; .* or -1"):

@@ -10,6 +10,7 @@ W windows, T 6-mers, P tokens of a 6-mer, D channels, V tokens of the vocabulary
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,6 +50,18 @@ _MOST_SPECIAL = 8
 # Settings by which a config.json has transformers take code or weights from another place.
 _ELSEWHERE = {"experts_implementation", "use_kernels", "transformers_weights"}
 
+# What config.json says that changes no output.
+_BOOKKEEPING = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "licence",
+    "license",
+    "torch_dtype",
+    "transformers_version",
+}
+
 # Stored, or missing, without a say in any output: what other heads and older versions leave.
 _IDLE = re.compile(
     r"(^|\.)(pooler|contact_head|seq_relationship|classifier|qa_outputs)\."
@@ -85,6 +98,8 @@ class Shape:
 
     model_class: Any
     config: Any
+    settings: str
+    """Which config.json, in 16 digits."""
     vocabulary: Vocabulary
     channels: int
     blocks: int
@@ -249,7 +264,8 @@ def _why_not(tokenizer: Any, text: str) -> str:
 def read_shape(folder: Path) -> Shape:
     """Class, tokens and sizes, without the weights. Raises InputError."""
     path = folder / CONFIG_FILE
-    _check_config(path, read_config_file(folder))
+    said = read_config_file(folder)
+    _check_config(path, said)
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(
@@ -291,6 +307,7 @@ def read_shape(folder: Path) -> Shape:
     return Shape(
         model_class=model_class,
         config=config,
+        settings=_settings(said),
         vocabulary=vocabulary,
         channels=channels,
         blocks=blocks,
@@ -325,6 +342,11 @@ def _check_config(path: Path, told: Mapping[str, Any]) -> None:
             f"{path}: is_decoder is true: a model that looks to the left alone; name a masked "
             "language model."
         )
+
+
+def _settings(said: Mapping[str, Any]) -> str:
+    computing = {key: value for key, value in said.items() if key not in _BOOKKEEPING}
+    return hashlib.sha256(json.dumps(computing, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _context(path: Path, base: nn.Module, config: Any, vocabulary: Vocabulary) -> int:
@@ -452,8 +474,9 @@ class MaskedLMTeacher:
             device,
             kernels=str(model.config._attn_implementation),
             transformers=transformers.__version__,
-            # Other tokens under the same weights are another teacher.
+            # Other tokens or another config.json under the same weights are another teacher.
             tokens=shape.vocabulary.digest,
+            config=shape.settings,
         )
         self._device, self._compute, self._vocabulary = device, compute, shape.vocabulary
         self._token_of_kmer = torch.from_numpy(shape.vocabulary.token_of_kmer).to(device)
