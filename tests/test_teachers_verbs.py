@@ -168,6 +168,21 @@ def test_a_fetched_teacher_is_whole_and_loads_without_network(
     assert (found.name, found.revision, found.problem) == (NAME, COMMIT, None)
 
 
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
+def test_a_download_that_was_stopped_is_no_teacher_and_goes_on_where_there_is_network(
+    hub: Hub, missing: str
+) -> None:
+    made = fetch(f"{NAME}@{COMMIT}")
+    (made.path / missing).resolve().unlink()
+    (made.path / missing).unlink()
+    with pytest.raises(NetworkError, match=r"not whole in the local hub.* teachers fetch"):
+        load_teacher(NAME, revision=COMMIT, layer=-1, device="cpu", offline=True)
+    hub.asked.clear()
+    teacher = load_teacher(NAME, revision=COMMIT, layer=-1, device="cpu")
+    assert teacher.weights_sha256 == made.weights_sha256
+    assert [path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path] == [missing]
+
+
 def test_fetching_again_asks_for_no_file_again(hub: Hub, tmp_path: Path) -> None:
     for folder in (None, tmp_path / "plain"):
         first = fetch(f"{NAME}@{COMMIT}", folder=folder)

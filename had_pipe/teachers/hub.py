@@ -25,6 +25,7 @@ from had_pipe.teachers.folder import (
     file_sha256,
     index_of,
     licence,
+    read_config_file,
     weight_files,
     weights_sha256,
 )
@@ -45,25 +46,18 @@ def snapshot(name: str, revision: str | None, *, offline: bool) -> Path:
                 name, revision=revision, local_files_only=True, cache_dir=constants.HF_HUB_CACHE
             )
         )
-    except errors.LocalEntryNotFoundError as error:
+        read_config_file(folder)
+        weight_files(folder)  # fetched last
+        return folder
+    except (errors.LocalEntryNotFoundError, InputError) as error:
         if offline:
+            whole = "whole " if isinstance(error, InputError) else ""
             raise NetworkError(
-                f"{where}: not in the local hub cache, and the hub may not be asked; run "
+                f"{where}: not {whole}in the local hub cache, and the hub may not be asked; run "
                 f"`had-pipe teachers fetch {name}@{revision}` where there is network, or copy the "
                 "model's folder here and name the folder."
             ) from error
-    else:
-        if offline or _whole(folder):
-            return folder
     return fetch(f"{name}@{revision}").path
-
-
-def _whole(folder: Path) -> bool:
-    """Whether a download came to its end: weights are fetched last."""
-    try:
-        return bool(weight_files(folder))
-    except InputError:
-        return False
 
 
 def _pinned(name: str, revision: str | None) -> tuple[str, str]:

@@ -160,7 +160,8 @@ def _tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise InputError(
             f"{folder}: there is no tokenizer, neither tokenizer.json nor vocab.txt; a masked "
-            "language model's folder holds one beside the weights."
+            "language model's folder holds one beside the weights; get the whole checkpoint, a hub "
+            "name's with `had-pipe teachers fetch`."
         )
     for name in TOKENIZER_FILES:
         path = folder / name
