@@ -71,6 +71,9 @@ class Shown:
     def __len__(self) -> int:
         return len(self.kmer_id)
 
+    def first(self, windows: int) -> Shown:
+        return Shown(self.kmer_id[:windows], self.mask[:windows], self.reversed[:windows])
+
 
 @dataclass(frozen=True)
 class Coverage:

@@ -39,7 +39,7 @@ from had_pipe.job import (
 from had_pipe.parts import batch_windows, embed_batch, not_finite, to_numpy
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe
-from had_pipe.teachers.knowledge import Knowledge
+from had_pipe.teachers.knowledge import Knowledge, windows_of_use
 from had_pipe.teachers.teacher import Teacher
 
 _PROBE_SECONDS = 5.0
@@ -127,7 +127,12 @@ def survey(
     wanted = max(
         -(-_SAMPLED_GROUPS // asked.windows.stored), _least_windows(asked.windows.stored, teacher)
     )
-    coverage = corpus.survey_windows(references, asked.windows, sample=wanted)
+    kmers, masked = asked.windows.kmers, asked.windows.masked
+    coverage = corpus.survey_windows(
+        references,
+        asked.windows,
+        sample=max(wanted, windows_of_use(kmers=kmers, hidden=masked)),
+    )
     given = given_statistics(asked, teacher)
     plan = _outline(asked, references, coverage, teacher, asked.cache.codec)
     plans = {asked.cache.codec: plan}
@@ -137,7 +142,7 @@ def survey(
     views = {name: len(split.views) for name, split in plan.splits.items()}
     windows = sum(count * views[name] for name, count in coverage.windows.items())
     batch = batch_windows(teacher, kmers=asked.windows.kmers, part=asked.cache.part)
-    probe = _probe(asked, teacher, coverage.sample, batch, windows, report)
+    probe = _probe(asked, teacher, coverage.sample.first(2 * wanted), batch, windows, report)
     losses = _losses(probe.sample, list(plans), teacher, given, report)
     known, doubts = _asked_for_hidden(asked, teacher, coverage.sample, report)
     files = len(expected_keys(plan)) + 1  # and the manifest

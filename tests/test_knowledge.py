@@ -16,17 +16,18 @@ import torch
 from conftest import ECOLI, REPOSITORY
 from typer.testing import CliRunner
 
-from had_pipe import cli
+from had_pipe import cli, corpus
 from had_pipe.cache import Cache, layout
 from had_pipe.cache.recode import recode
 from had_pipe.dna.kmers import LETTERS, group_masks, spell
 from had_pipe.dna.reference import read_contigs
 from had_pipe.errors import InputError
 from had_pipe.extract import extract
-from had_pipe.progress import Progress
+from had_pipe.job import Job
+from had_pipe.progress import Progress, silent
 from had_pipe.recipe import Recipe
 from had_pipe.survey import survey
-from had_pipe.teachers.knowledge import MARGIN, Knowledge, knowledge
+from had_pipe.teachers.knowledge import MARGIN, Knowledge, knowledge, windows_of_use
 
 DEMO = REPOSITORY / "pipelines" / "demo" / "teacher"
 
@@ -86,6 +87,17 @@ def test_at_most_half_of_the_windows_are_asked_for_and_of_one_that_one() -> None
         assert found is not None
         assert (found.windows, found.kmers) == (asked, 4 * asked)
         assert found.frequency_nats <= math.log(4096) + 1e-9
+
+
+@pytest.mark.parametrize(("kmers", "masked"), [(20, 4), (2046, 307)])
+def test_more_windows_than_are_of_use_tell_nothing_more(kmers: int, masked: int) -> None:
+    count = windows_of_use(kmers=kmers, hidden=masked)
+    kmer_id_WT = np.random.default_rng(0).integers(0, 4096, (count + 9, kmers)).astype(np.uint16)
+    hidden_WT = np.zeros(kmer_id_WT.shape, dtype=np.bool_)
+    hidden_WT[:, :masked] = True
+    of_all = knowledge(Costly(), kmer_id_WT, hidden_WT)
+    assert knowledge(Costly(), kmer_id_WT[:count], hidden_WT[:count]) == of_all
+    assert knowledge(Costly(), kmer_id_WT[: count - 1], hidden_WT[: count - 1]) != of_all
 
 
 def test_enough_is_well_below_frequency() -> None:
@@ -185,6 +197,21 @@ def test_the_right_teacher_passes_and_the_plan_says_nothing_of_it(
     assert found.knowledge is not None
     assert found.knowledge.enough
     assert found.knowledge.nats < found.knowledge.frequency_nats < math.log(4096) + 0.01
+
+
+@pytest.mark.usefixtures("genome")
+def test_plan_counts_the_frequencies_that_extraction_counts(tmp_path: Path) -> None:
+    base = next(iter(read_contigs(ECOLI))).base[:600_000]
+    (tmp_path / "longer.fa").write_text(f">piece\n{''.join(LETTERS[b] for b in base)}\n")
+    recipe = a_recipe(DEMO, tmp_path / "longer.fa", tmp_path / "cache")
+    asked = Job.of(recipe)
+    references = [corpus.read_reference(one, report=silent) for one in asked.genomes]
+    data = corpus.lay_out(references, asked.windows)["train"]
+    extracted = knowledge(Costly(), data.kmer_id, data.mask[0])
+    planned = survey(recipe, device="cpu").knowledge
+    assert extracted is not None
+    assert planned is not None
+    assert planned.frequency_nats == pytest.approx(extracted.frequency_nats, abs=0.02)
 
 
 def test_what_the_recipe_lets_through_is_recorded_and_stays_recorded(

@@ -1,7 +1,9 @@
 """Whether a teacher knows the DNA at hand: what hidden 6-mers cost it, beside their frequency.
 
 A checkpoint whose tokens are mapped wrongly loads and runs like any other; only what it says tells.
-Under a wrong mapping a hidden 6-mer costs at least as much as guessing, which frequency beats.
+With tokens in another order a hidden 6-mer costs about as much as guessing, which frequency beats.
+It proves no more: with every 6-mer turned to the other strand, or blocks computed a little wrongly,
+a good teacher may still beat frequency.
 
 W windows, T 6-mers, N hidden ones.
 """
@@ -21,7 +23,8 @@ MARGIN = 0.05
 """Nats by which a teacher must beat frequency. Its error on so many 6-mers is about 0.03."""
 
 _HIDDEN = 1024
-_BACKGROUND = 8192
+_BACKGROUND = 1 << 19
+"""6-mers that frequencies are counted on: a hundred for each that there is."""
 _AT_ONCE = 8
 
 
@@ -50,6 +53,11 @@ class Knowledge:
         )
 
 
+def windows_of_use(*, kmers: int, hidden: int) -> int:
+    """How many windows `knowledge` looks at, of any number."""
+    return -(-_HIDDEN // hidden) + -(-_BACKGROUND // kmers)
+
+
 def knowledge(
     teacher: LanguageModel,
     kmer_id_WT: npt.NDArray[np.uint16],
@@ -61,6 +69,7 @@ def knowledge(
     assert hidden_WT[0].any()
     each = int(hidden_WT[0].sum())
     asked = min(-(-_HIDDEN // each), max(1, len(kmer_id_WT) // 2))
+    looked_at = asked + -(-_BACKGROUND // kmer_id_WT.shape[1])
     nats = []
     for first in range(0, asked, _AT_ONCE):
         some = slice(first, min(first + _AT_ONCE, asked))
@@ -74,7 +83,7 @@ def knowledge(
         nats=float(cost_N.mean()),
         frequency_nats=_by_frequency(
             kmer_id_WT[:asked][hidden_WT[:asked]],
-            kmer_id_WT[asked : asked + _BACKGROUND].ravel(),
+            kmer_id_WT[asked:looked_at].ravel(),
             teacher.token_bases,
         ),
         token_bases=teacher.token_bases,
