@@ -851,6 +851,89 @@ def test_many_threads_in_a_small_mirror_over_a_bad_network_read_what_is_there(
         assert held_nbytes(tmp_path) == int((tmp_path / ".usage").read_bytes())
 
 
+@pytest.mark.timeout(60)
+def test_readers_waiting_for_room_do_not_keep_each_other_from_it(
+    cache: Path, server: FaultyServer, tmp_path: Path
+) -> None:
+    # Room for two shards: each of eight threads goes from part to part.
+    with (
+        closing(open_cache(server.url, mirror=tmp_path, mirror_nbytes=100_000)) as remote,
+        closing(Stream([remote], batch=128, seed=3, threads=8, prefetch=1 << 20)) as far,
+        closing(Stream([cache], batch=128, seed=3)) as near,
+    ):
+        for _ in range(9):
+            assert next(far).target.equal(next(near).target)
+
+
+@pytest.mark.timeout(60)
+def test_caches_that_share_a_small_mirror_make_room_for_each_other(
+    cache: Path, server: FaultyServer, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    for seed in (1, 2, 3):
+        build_cache(there / str(seed), windows=384, valid=0, part=64, channels=64, seed=seed)
+    with serving(there) as several:
+        caches = [
+            open_cache(f"{several.url}/{seed}", mirror=tmp_path / "m", mirror_nbytes=300_000)
+            for seed in (1, 2, 3)
+        ]
+        for opened in caches:  # as many parts of each as it may keep
+            assert len(windows(opened)) == 5
+        with (
+            closing(Stream(caches, batch=96, seed=3, weights=[1, 1, 1], prefetch=1)) as far,
+            closing(
+                Stream([there / "1", there / "2", there / "3"], batch=96, seed=3, weights=[1, 1, 1])
+            ) as near,
+        ):
+            for _ in range(2):
+                assert next(far).target.equal(next(near).target)
+        for opened in caches:
+            opened.close()
+
+
+_READ_AND_REST = """
+import sys
+from pathlib import Path
+import numpy as np
+from had_pipe.cache import open_cache
+url, folder, limit, first = sys.argv[1:]
+cache = open_cache(url, mirror=Path(folder), mirror_nbytes=int(limit))
+cache.coming(())
+cache.read("train", 0, np.arange(128) + int(first), cache.allocate(128))
+print(len(cache._parts), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_processes_that_stand_still_make_room_for_those_that_read(
+    cache: Path, server: FaultyServer, tmp_path: Path
+) -> None:
+    limit = 4 * SHARD_NBYTES + 40_000
+    resting = [
+        subprocess.Popen(
+            [sys.executable, "-c", _READ_AND_REST, server.url, str(tmp_path), str(limit), first],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for first in ("0", "128")
+    ]
+    try:
+        for other in resting:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "2\n"  # parts that it keeps open
+        mirror = mirrored(server, tmp_path, limit_nbytes=limit)
+        with closing(Cache.open(mirror.path, mirror=mirror)) as remote:
+            mirror.let_go = remote.let_go
+            for ours, theirs in zip(windows(remote), windows(Cache.open(cache)), strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+        assert [other.poll() for other in resting] == [None, None]
+    finally:
+        for other in resting:
+            other.communicate("\n")
+
+
 # What is to come
 
 

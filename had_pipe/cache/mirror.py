@@ -9,6 +9,7 @@ had_pipe.cache.remote's; how a cache is read, had_pipe.cache.reader's.
 FOLDER/<cache id>/...   as the cache is laid out, with holes
 FOLDER/.parts/          what is being downloaded
 FOLDER/.usage           how many bytes the folder holds or has promised, under a lock
+FOLDER/.wanted          touched by whoever finds no room, for others to close what they do not read
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import re
 import stat
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -44,10 +46,15 @@ _CONNECTIONS = 4
 _AHEAD_NBYTES = 16 << 30
 """Brought ahead of need at most, so that a short run does not fetch a whole cache."""
 _POLL = 0.02
+_HEEDED = 1.0
+"""Seconds after which others have looked whether room is wanted."""
+_FOR_ROOM = 10
+"""Patience with who reads or downloads in the same folder, in that with a silent server."""
 _LONGEST_REST = 60.0
 
 _PARTS = ".parts"
 _USAGE = ".usage"
+_WANTED = ".wanted"
 _DIGITS = 20
 _CACHE_ID = re.compile(r"[0-9a-f]{64}")
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -167,13 +174,28 @@ class Mirror:
         except BaseException:
             self._remote.close()
             raise
-        self._ahead_nbytes = min(_AHEAD_NBYTES, self.limit_nbytes // 2)
-        largest = max(
+        self._largest = max(
             plan.shards_nbytes([Part(split, of_split.views[0], 0)])
             for split, of_split in plan.splits.items()
         )
-        self.open_parts = max(1, self.limit_nbytes // 2 // largest)
+        self._wanted = self._when_wanted()
+        with _ALL:
+            _MIRRORS.add(self)
+
+    @property
+    def open_parts(self) -> int:
         """Parts that a reader may keep open: what is open cannot make room for others."""
+        return max(1, self._share() // self._largest)
+
+    def _share(self) -> int:
+        """Bytes that may be open, and as many that may be ahead: all mirrors of this process in one
+        folder share it, and what is neither makes room."""
+        return self.limit_nbytes // 2 // max(1, len(self._here()))
+
+    def _here(self) -> list[Mirror]:
+        """The mirrors of this process in the same folder, this one among them."""
+        with _ALL:
+            return [mirror for mirror in _MIRRORS if mirror.folder == self.folder]
 
     def _prepare(self, plan: Plan, manifest: Manifest, limit_nbytes: int | None) -> int:
         """Make the folder and what describes the cache there; how many bytes it may hold."""
@@ -208,7 +230,8 @@ class Mirror:
         record = self._objects.get(key)
         if record is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), key)
-        begun, pressed = time.monotonic(), 0
+        begun = since = time.monotonic()
+        pressed = 0
         opened = self._opened(key)
         hit = opened is not None
         self._passed(key)
@@ -216,16 +239,21 @@ class Mirror:
             try:
                 self._bring(key, demanded=True)
             except _NoRoom as full:
+                if pressed == 0:
+                    since = time.monotonic()
                 pressed += 1
                 self._press(pressed)
-                if time.monotonic() - begun > self._patience:
+                if time.monotonic() - since > _FOR_ROOM * self._patience:
                     raise StorageError(
                         f"{self.folder}: this mirror may hold {size(self.limit_nbytes)}, of which "
                         f"{size(full.nbytes)} are being read, and {key} needs "
                         f"{size(record.nbytes)} more; allow "
-                        f"{size(full.nbytes + record.nbytes)} at least by --mirror-size"
+                        f"{size(full.nbytes + record.nbytes)} at least by --mirror-size, or end "
+                        "other processes that read there"
                     ) from None
                 self._sleep()
+            else:
+                pressed = 0
             opened = self._opened(key)
         with self._lock:
             self._hits += hit
@@ -266,6 +294,8 @@ class Mirror:
     def close(self) -> None:
         """Stop all downloads. What is open stays open."""
         self._closing.set()
+        with _ALL:
+            _MIRRORS.discard(self)
         self._remote.close()
         with self._changed:
             self._changed.notify_all()
@@ -453,8 +483,27 @@ class Mirror:
         return found, nbytes
 
     def _press(self, times: int) -> None:
-        """Have whoever reads through us close what it has open and does not read just now."""
-        self.let_go(self.open_parts // 2 if times == 1 else 0)
+        """Have readers close what they have open and do not read just now: ours, then others'."""
+        for mirror in self._here():
+            mirror.let_go(mirror.open_parts // 2 if times == 1 else 0)
+        if times % round(_HEEDED / _POLL) == 2:
+            with suppress(OSError):
+                (self.folder / _WANTED).touch()
+
+    def _heed(self) -> None:
+        """Have our reader close what it does not read, if another lacks room since we last looked:
+        a process that stands still would keep it for as long as it lives."""
+        wanted = self._when_wanted()
+        with self._lock:
+            heeded, self._wanted = self._wanted == wanted, wanted
+        if not heeded:
+            self.let_go(0)
+
+    def _when_wanted(self) -> int:
+        try:
+            return (self.folder / _WANTED).stat().st_mtime_ns
+        except OSError:
+            return 0
 
     # What comes
 
@@ -483,29 +532,33 @@ class Mirror:
 
     def _next(self) -> tuple[str, int] | None:
         """The next object to bring ahead, once there is room for it; None when all is over."""
-        while True:
+        while not self._closing.is_set():
+            self._heed()
             with self._changed:
-                while not self._closing.is_set() and (
-                    self._upcoming is None or sum(self._ahead.values()) >= self._ahead_nbytes
-                ):
-                    self._changed.wait()
+                if self._upcoming is None or sum(self._ahead.values()) >= self._ahead_nbytes():
+                    if not self._closing.is_set():
+                        self._changed.wait(_HEEDED)
+                    continue
                 upcoming, generation = self._upcoming, self._generation
-            if self._closing.is_set():
-                return None
-            assert upcoming is not None
             with self._asking:
                 key = next(upcoming, None)
-            with self._changed:
-                # An order that begins again has nothing more to bring.
-                while key in self._ahead and not self._stale(generation):
-                    self._changed.wait()
-                if self._stale(generation):
-                    continue
-                if key is None:
-                    self._upcoming = None
-                    continue
-                self._ahead[key] = self._objects[key].nbytes
-                return key, generation
+            while True:
+                with self._changed:
+                    if self._stale(generation):
+                        break
+                    if key is None:
+                        self._upcoming = None
+                        break
+                    if key not in self._ahead:
+                        self._ahead[key] = self._objects[key].nbytes
+                        return key, generation
+                    # An order that begins again has nothing more to bring.
+                    self._changed.wait(_HEEDED)
+                self._heed()
+        return None
+
+    def _ahead_nbytes(self) -> int:
+        return min(_AHEAD_NBYTES, self._share())
 
     def _stale(self, generation: int) -> bool:
         return self._closing.is_set() or self._generation != generation
@@ -520,11 +573,16 @@ class Mirror:
                     )  # or it is the next to be evicted
                 return
             except _NoRoom:
-                self._press(1)
+                self._heed()
                 with self._changed:
                     if self._stale(generation) or key not in self._ahead:
                         return
                 self._closing.wait(_POLL * 10)
+
+
+_ALL = threading.Lock()
+_MIRRORS: weakref.WeakSet[Mirror] = weakref.WeakSet()
+"""Those that are open in this process."""
 
 
 @dataclass

@@ -303,6 +303,7 @@ class Cache:
             if out.scale is not None:
                 assert opened.scale is not None
                 out.scale[places] = opened.scale[first:last]
+            del opened  # or, while the next waits for room in a mirror, this would take some
 
     def advise(self, split: str, view: int, rows: npt.NDArray[np.int64]) -> None:
         """Have the kernel fetch rows that will be read soon; it does not wait for them.
@@ -331,7 +332,7 @@ class Cache:
         yield _chunk_key(f"{below}/mask", part.number, 1)
         yield _chunk_key(f"{below}/reversed", part.number, 0)
         yield _chunk_key(f"{part.split}/kmer_id", part.number, 1)
-        yield from (part.shard_key(signal) for signal in self.plan.signals)
+        yield from (part.shard_key(signal) for signal in reversed(self.plan.signals))
 
     def read_kmers(self, split: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint16]:
         """K-mer ids (B, T) of any rows of a split, forward strand."""
@@ -542,11 +543,13 @@ class Cache:
                 f"{self.path}: part {part}: a window without exactly {plan.windows.masked} masked "
                 f"groups, as the plan says; {_remedy(self.path)}"
             )
-        value, *scales = (
-            self._rows(part, signal, receipt.objects[part.shard_key(signal)])
-            for signal in plan.signals
-        )
-        scale = scales[0].read_all(check=self._check != "never") if scales else None
+        scale = None
+        for signal in plan.signals[1:]:
+            rows = self._rows(part, signal, receipt.objects[part.shard_key(signal)])
+            scale = rows.read_all(check=self._check != "never")
+            del rows
+        # Last, when nothing else is open: whoever waits for room in a mirror must not take some.
+        value = self._rows(part, self._value, receipt.objects[part.shard_key(self._value)])
         # Of float16, the bits of all finite positive numbers and of no others lie between these.
         if scale is not None and not (
             scale.view(np.uint16).min() > 0 and scale.view(np.uint16).max() < _INFINITE
