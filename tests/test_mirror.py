@@ -1146,6 +1146,18 @@ def test_fetching_goes_on_where_it_stopped_and_shows_nothing_unfinished(
     assert Cache.open(tmp_path / "copy").id == done.cache_id
 
 
+def test_a_target_that_can_be_no_folder_is_refused_before_anything_comes(
+    server: FaultyServer, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for target, told in (("file/in", "not a folder"), ("file", "not empty"), ("link", "a link")):
+        with pytest.raises(CacheRefused, match=told):
+            fetch_cache(server.url, tmp_path / target)
+    assert server.count("c/0/0/0") == 0
+
+
 def test_fetching_another_cache_into_the_same_place_is_refused(
     cache: Path, server: FaultyServer, tmp_path: Path
 ) -> None:

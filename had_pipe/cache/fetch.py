@@ -58,7 +58,13 @@ def fetch_cache(
         if _is_there(target, manifest):
             return fetched
         staging = target.with_name(f".{target.name}.part")
-        make_folder(staging.parent)
+        try:
+            make_folder(staging.parent)
+        except (NotADirectoryError, FileExistsError) as error:
+            raise CacheRefused(
+                f"{staging.parent}: not a folder, so there is no place for a cache in it; use "
+                "another target"
+            ) from error
         with held(staging, lock=f"{WORK}/lock", doing="fetching into this folder"):
             made = _fetch(remote, staging, manifest, connections, report)
             write_file(staging / MANIFEST, manifest.to_json(), aside=staging / WORK)
@@ -75,6 +81,8 @@ def _is_there(target: Path, manifest: Manifest) -> bool:
     if not os.path.lexists(target):
         return False
     if target.is_dir() and not any(target.iterdir()):
+        if target.is_symlink():
+            raise CacheRefused(f"{target}: a link; use the folder that it names as target")
         return False
     if target.is_dir() and (target / MANIFEST).exists():
         found = read_manifest(target, read_plan(target)[0])
