@@ -1152,7 +1152,11 @@ def test_a_target_that_can_be_no_folder_is_refused_before_anything_comes(
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
-    for target, told in (("file/in", "not a folder"), ("file", "not empty"), ("link", "a link")):
+    for target, told in (
+        ("file/in", "no folder can be made"),
+        ("file", "not empty"),
+        ("link", "a link"),
+    ):
         with pytest.raises(CacheRefused, match=told):
             fetch_cache(server.url, tmp_path / target)
     assert server.count("c/0/0/0") == 0

@@ -59,10 +59,10 @@ def fetch_cache(
             return fetched
         staging = target.with_name(f".{target.name}.part")
         try:
-            make_folder(staging.parent)
+            make_folder(staging)
         except (NotADirectoryError, FileExistsError) as error:
             raise CacheRefused(
-                f"{staging.parent}: not a folder, so there is no place for a cache in it; use "
+                f"{target}: no folder can be made there ({error.strerror}: {error.filename}); use "
                 "another target"
             ) from error
         with held(staging, lock=f"{WORK}/lock", doing="fetching into this folder"):
