@@ -5,6 +5,7 @@ It decides what two calls must have in common to work on one cache. Nothing here
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,13 @@ import numpy.typing as npt
 from had_pipe import corpus
 from had_pipe.cache import Cache, Plan, Statistics, integrity, layout, writer
 from had_pipe.dna.kmers import K
-from had_pipe.errors import CacheCorrupt, CacheMismatch, InputError, RecipeError
+from had_pipe.errors import (
+    CacheCorrupt,
+    CacheMismatch,
+    InputError,
+    NonFiniteError,
+    RecipeError,
+)
 from had_pipe.progress import Progress, Reporter
 from had_pipe.recipe import Cache as CacheRecipe
 from had_pipe.recipe import Genome, Recipe, Windows
@@ -79,7 +86,8 @@ def check_knowledge(
 ) -> Knowledge | None:
     """What a teacher knows of windows in random order; None of one that has no such question.
 
-    Raises InputError where that is no more than frequencies tell: then it is mapped wrongly.
+    Raises InputError where that is no more than frequencies tell: then it is mapped wrongly; and
+    NonFiniteError.
     """
     if not isinstance(teacher, LanguageModel):  # a Python object that somebody passed
         return None
@@ -103,6 +111,11 @@ def check_knowledge(
             f"[teacher] {teacher.name}: its checkpoint holds no language head, so that it cannot "
             "be asked for hidden 6-mers, which tells whether it is loaded rightly; get the whole "
             f"one, {override}"
+        )
+    if not math.isfinite(found.nats):
+        raise NonFiniteError(
+            f"[teacher] {teacher.name} says NaN or infinity of a hidden 6-mer; look at its weights "
+            "and arithmetic"
         )
     if not found.enough:
         raise InputError(

@@ -338,7 +338,7 @@ def _asked_for_hidden(
         return None, []
     try:
         return check_knowledge(teacher, shown.kmer_id, shown.mask, report), []
-    except InputError as error:
+    except (InputError, NonFiniteError) as error:
         return None, [f"extract-teacher refuses to begin: {error}"]
 
 

@@ -21,7 +21,7 @@ from had_pipe.cache import Cache, layout
 from had_pipe.cache.recode import recode
 from had_pipe.dna.kmers import LETTERS, group_masks, spell
 from had_pipe.dna.reference import read_contigs
-from had_pipe.errors import InputError
+from had_pipe.errors import InputError, NonFiniteError
 from had_pipe.extract import extract
 from had_pipe.job import Job
 from had_pipe.progress import Progress, silent
@@ -259,3 +259,13 @@ def test_a_checkpoint_without_its_head_is_refused_unless_the_recipe_lets_it_thro
     with pytest.raises(InputError, match=r"holds no language head.*unchecked = true"):
         extract(a_recipe(folder, genome, tmp_path / "cache"), device="cpu")
     extract(a_recipe(folder, genome, tmp_path / "cache", unchecked=True), device="cpu")
+
+
+def test_a_teacher_of_broken_numbers_is_told_as_such(genome: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(DEMO, tmp_path / "teacher"))
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    stored["lm_head.bias"][7] = float("nan")
+    safetensors.torch.save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteError, match="says NaN or infinity of a hidden 6-mer"):
+        extract(a_recipe(folder, genome, tmp_path / "cache"), device="cpu")
+    assert not (tmp_path / "cache" / "plan.json").exists()

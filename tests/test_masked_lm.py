@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from had_pipe.dna.kmers import KMERS, group_masks, spell
-from had_pipe.errors import InputError, RecipeError
+from had_pipe.errors import InputError, NonFiniteError, RecipeError
 from had_pipe.teachers.masked_lm import read_vocabulary
 from had_pipe.teachers.teacher import load_teacher
 
@@ -675,6 +675,13 @@ def test_a_folder_that_does_not_fit_together_is_refused(family_folder: Path, cas
         load(family_folder)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 1000
+
+
+@a_bert
+def test_weights_that_are_no_numbers_are_told_as_such(family_folder: Path) -> None:
+    weights(lambda w: w[QUERY].fill_(float("nan")))(family_folder)
+    with pytest.raises(NonFiniteError, match="gives NaN or infinity; get the weights again"):
+        load(family_folder)
 
 
 @a_bert

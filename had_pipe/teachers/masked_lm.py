@@ -30,7 +30,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from had_pipe.dna.kmers import KMERS, LETTERS, K, decode_kmers
-from had_pipe.errors import InputError, RecipeError
+from had_pipe.errors import InputError, NonFiniteError, RecipeError
 from had_pipe.teachers.folder import (
     CONFIG_FILE,
     TOKENIZER_FILES,
@@ -457,7 +457,7 @@ class MaskedLMTeacher:
         layer: int,
         device: torch.device,
     ) -> None:
-        """Raises InputError where the model does not do what is asked of a teacher."""
+        """Raises InputError or NonFiniteError where the model does not do what a teacher must."""
         compute = compute_dtype(device)
         self.name = name
         self.revision = revision
@@ -556,7 +556,7 @@ class MaskedLMTeacher:
         return of_dna.reshape(len(of_dna), kmers, pieces, -1)
 
     def _check_behaviour(self) -> None:
-        """Raises InputError where a tiny batch does not come out as a teacher's must."""
+        """Raises InputError or NonFiniteError where a tiny batch comes out as no teacher's may."""
         kmer_id_WT = np.arange(2 * min(8, self.context), dtype=np.uint16).reshape(2, -1) * 97
         hidden_WT = np.zeros(kmer_id_WT.shape, dtype=np.bool_)
         try:
@@ -568,6 +568,11 @@ class MaskedLMTeacher:
                 f"{self.name}: {type(self._model).__name__} does not run on DNA alone "
                 f"({_first_line(error)}); name another model."
             ) from error
+        if not bool(torch.isfinite(first).all()):
+            raise NonFiniteError(
+                f"{self.name}: {type(self._model).__name__} gives NaN or infinity; get the weights "
+                "again, or look at the layer and the arithmetic"
+            )
         if first.shape[-1] != self.channels or not torch.equal(first, again):
             raise InputError(
                 f"{self.name}: {type(self._model).__name__} gives vectors of {first.shape[-1]} "
