@@ -117,6 +117,7 @@ class Feed:
         self._threads = threads or min(4, max(2, len(os.sched_getaffinity(0))))
         self._window_nbytes = _stored_nbytes(self._caches[0].allocate(1))
         self._readers: _Readers | None = None
+        self._process = os.getpid()
         self._closed = False
         self._lent: _Slot | None = None
         self._gpu = _Gpu(self._caches, device, space) if device.type == "cuda" else None
@@ -209,8 +210,12 @@ class Feed:
         return True
 
     def _started(self, kind: type[_Decoding] | type[_Storing]) -> _Readers:
-        """The threads, begun when the first batch is asked for: in the process that reads."""
+        """The threads, begun when the first batch is asked for."""
         assert not self._closed, "this stream was closed"
+        # Each of several would hand over every batch, and none moves the position that is saved.
+        assert self._process == os.getpid(), (
+            "a stream is read in the process that made it: give a DataLoader num_workers=0"
+        )
         if self._readers is None:
             work: _Work
             if kind is _Storing:
@@ -232,9 +237,6 @@ class Feed:
             self._readers.start()
         assert isinstance(self._readers.work, kind), (
             "a stream is read in one way: blocks or decoded"
-        )
-        assert self._readers.process == os.getpid(), (
-            "a process forked from a stream's has no threads"
         )
         return self._readers
 
@@ -425,7 +427,6 @@ class _Readers:
         self, plans: Iterator[Plan], work: _Work, *, slots: int, advised: int, threads: int
     ) -> None:
         self.work = work
-        self.process = os.getpid()
         self._plans = plans
         self._coming: deque[Plan] = deque()
         self._hints: deque[Span] = deque()

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from small_cache import build_cache
+from torch.utils.data import DataLoader
 
 from had_pipe.stream import Batch, Stream
 
@@ -88,6 +89,17 @@ def test_the_loop_learns(names: dict[str, Any]) -> None:
 )
 def test_a_section_runs(heading: str, names: dict[str, Any]) -> None:
     run(heading, names)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forks, where there are threads
+def test_worker_processes_are_refused(names: dict[str, Any]) -> None:
+    windows = run("As a data set of PyTorch", names)["Windows"]
+    with Stream(["cache/demo"], batch=32, seed=0) as stream:
+        loader = DataLoader(
+            windows(stream, 1), batch_size=None, num_workers=1, multiprocessing_context="fork"
+        )
+        with pytest.raises(AssertionError, match="num_workers=0"):
+            next(iter(loader))
 
 
 def windows_of(batch: Batch) -> Counter[tuple[int, int]]:
