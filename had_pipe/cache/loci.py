@@ -31,6 +31,7 @@ GROUP_ROWS = 1 << 17
 """Rows of a row group; the last of a split may have fewer."""
 
 _MAGIC = b"PAR1"
+_UNCOMPRESSED, _ZSTD = 0, 6  # CompressionCodec of parquet.thrift
 _FOOTER_A_GROUP = 1 << 14
 _LONGEST_HEADER = 1 << 16
 _MOST_PAGES = 1024
@@ -144,6 +145,15 @@ class WindowTable:
             self._refuse("is no Parquet file")
         if footer > min(nbytes - 12, _FOOTER_A_GROUP * (4 + len(self._groups))):
             self._refuse(f"has a footer of {footer:,} bytes")
+        raw = os.pread(self._file.fileno(), footer, nbytes - 8 - footer)
+        try:
+            # Arrow ends the whole process where a compression is asked for that it does not know.
+            metadata, _ = _thrift_struct(raw, 0, depth=12)
+            compressions = {column[3][4] for group in metadata[4] for column in group[1]}
+        except (ValueError, LookupError, TypeError):
+            self._refuse("is damaged (its footer)")
+        if not compressions <= {_UNCOMPRESSED, _ZSTD}:
+            self._refuse("has a column of another compression")
 
     def _check_schema(self) -> None:
         schema, metadata = self._table.schema_arrow, self._table.metadata
@@ -173,8 +183,8 @@ class WindowTable:
     def _check_pages(self, column: Any, group: int) -> None:
         """Every page of a column chunk, by its header: how much room it will take, and where."""
         rows = self._groups[group]
-        if column.file_path or column.compression not in ("ZSTD", "UNCOMPRESSED"):
-            self._refuse("has a column elsewhere, or of another compression")
+        if column.file_path:
+            self._refuse("has a column elsewhere")
         at = column.data_page_offset
         if column.dictionary_page_offset is not None:
             at = min(at, column.dictionary_page_offset)
@@ -209,12 +219,12 @@ class WindowTable:
 
 
 def _thrift_struct(raw: bytes, at: int, *, depth: int) -> tuple[dict[int, Any], int]:
-    """A struct of Thrift's compact protocol, and where it ends; of lists and text only the end.
+    """A struct of Thrift's compact protocol, and where it ends; of text only the end.
 
     Field numbers must ascend, so that no field can stand twice. Raises ValueError, IndexError.
     """
-    if depth == 0:
-        raise ValueError("structs too deep")
+    if depth <= 0:
+        raise ValueError("too deep")
     fields: dict[int, Any] = {}
     number = 0
     while raw[at]:
@@ -240,9 +250,21 @@ def _thrift_value(raw: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]
             if at + length > len(raw):
                 raise ValueError("text beyond the end")
             return None, at + length
+        case 9:
+            count, kind, at = raw[at] >> 4, raw[at] & 15, at + 1
+            if count == 15:
+                count, at = _varint(raw, at)
+            if depth <= 0 or count > len(raw) - at:  # each takes a byte at least
+                raise ValueError("a list too deep or beyond the end")
+            values = []
+            for _ in range(count):
+                # A truth takes a byte here; in a struct its kind says which it is.
+                value, at = _thrift_value(raw, at, 3 if kind in (1, 2) else kind, depth - 1)
+                values.append(value)
+            return values, at
         case 12:
             return _thrift_struct(raw, at, depth=depth - 1)
-    raise ValueError("a kind of value that page headers do not have")
+    raise ValueError("a kind of value that Parquet's headers do not have")
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
