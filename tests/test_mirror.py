@@ -804,6 +804,28 @@ def test_a_full_disk_is_told_and_leaves_nothing(
         assert contents(mirror, SHARD) == (cache / SHARD).read_bytes()
 
 
+def test_a_disk_that_others_fill_holds_less_of_a_cache_and_ends_no_run(
+    cache: Path, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Within the limit, but there is room on the disk for two and a half shards.
+    described = sum((cache / name).stat().st_size for name in ("plan.json", "manifest.json"))
+    disk = described + int(2.5 * SHARD_NBYTES) + (1 << 16)  # which is left free
+    monkeypatch.setattr(
+        "had_pipe.cache.mirror.free_nbytes", lambda folder: disk - held_nbytes(folder)
+    )
+    with closing(mirrored(server, tmp_path, limit_nbytes=10**9)) as mirror:
+        for key in (SHARD, OTHER, THIRD, SHARD):
+            assert contents(mirror, key) == (cache / key).read_bytes()
+            assert held_nbytes(tmp_path) <= disk
+        assert mirror.stats().evicted_nbytes == 2 * SHARD_NBYTES
+        opened = [mirror.open(SHARD), mirror.open(OTHER)]
+        monkeypatch.setattr(mirror, "_patience", 0.02)
+        with pytest.raises(StorageError, match=r"disk is full, and all .* is being read"):
+            mirror.open(THIRD)
+        for descriptor in opened:
+            os.close(descriptor)
+
+
 def test_a_mirror_cannot_lie_in_a_file(server: FaultyServer, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "m"):

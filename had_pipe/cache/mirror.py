@@ -52,6 +52,9 @@ _FOR_ROOM = 10
 """Patience with who reads or downloads in the same folder, in that with a silent server."""
 _LONGEST_REST = 60.0
 
+_SPARE_NBYTES = 1 << 16
+"""Left free on the disk, for folders and what rounding up to whole blocks takes."""
+
 _PARTS = ".parts"
 _USAGE = ".usage"
 _WANTED = ".wanted"
@@ -244,13 +247,7 @@ class Mirror:
                 pressed += 1
                 self._press(pressed)
                 if time.monotonic() - since > _FOR_ROOM * self._patience:
-                    raise StorageError(
-                        f"{self.folder}: this mirror may hold {size(self.limit_nbytes)}, of which "
-                        f"{size(full.nbytes)} are being read, and {key} needs "
-                        f"{size(record.nbytes)} more; allow "
-                        f"{size(full.nbytes + record.nbytes)} at least by --mirror-size, or end "
-                        "other processes that read there"
-                    ) from None
+                    raise self._full(key, full.nbytes) from None
                 self._sleep()
             else:
                 pressed = 0
@@ -422,15 +419,27 @@ class Mirror:
     def _reserve(self, claimed: int, nbytes: int, *, demanded: bool) -> None:
         """Promise room to an object that is to come, evicting others. Raises _NoRoom."""
         with self._books() as books:
-            if books.nbytes + nbytes > self.limit_nbytes:
+            # Others fill the disk too: what is there goes before a run fails.
+            free = self._free_nbytes()
+            if min(self.limit_nbytes - books.nbytes, free) < nbytes:
                 # A little more than needed, or every object from here on looks around again.
-                goal = max(0, self.limit_nbytes - self.limit_nbytes // 50 - nbytes)
+                limit = min(self.limit_nbytes, books.nbytes + free)
+                goal = max(0, limit - self.limit_nbytes // 50 - nbytes)
                 books.nbytes = self._evict(goal, demanded=demanded)
-                if books.nbytes + nbytes > self.limit_nbytes:
+                if min(self.limit_nbytes - books.nbytes, self._free_nbytes()) < nbytes:
                     raise _NoRoom(books.nbytes)
             os.ftruncate(claimed, 0)
             os.ftruncate(claimed, nbytes)  # counted by whoever looks around
             books.nbytes += nbytes
+
+    def _free_nbytes(self) -> int:
+        """Bytes free on the disk that nothing under way will take."""
+        promised = 0
+        for entry in _files(self._parts):
+            with suppress(FileNotFoundError):
+                found = entry.path.lstat()
+                promised += max(0, found.st_size - 512 * found.st_blocks)
+        return free_nbytes(self.folder) - promised - _SPARE_NBYTES
 
     def _evict(self, goal: int, *, demanded: bool) -> int:
         """Remove what was least recently used until so many bytes are left; how many are."""
@@ -481,6 +490,20 @@ class Mirror:
                     if entry.path not in described:
                         found.append(entry)
         return found, nbytes
+
+    def _full(self, key: str, nbytes: int) -> StorageError:
+        needed = self._objects[key].nbytes
+        if nbytes + needed <= self.limit_nbytes:
+            return StorageError(
+                f"{self.folder}: the disk is full, and all that this mirror holds is being read; "
+                "make room there, then run the same command again"
+            )
+        return StorageError(
+            f"{self.folder}: this mirror may hold {size(self.limit_nbytes)}, of which "
+            f"{size(nbytes)} are being read, and {key} needs {size(needed)} more; allow "
+            f"{size(nbytes + needed)} at least by --mirror-size, or end other processes that read "
+            "there"
+        )
 
     def _press(self, times: int) -> None:
         """Have readers close what they have open and do not read just now: ours, then others'."""
