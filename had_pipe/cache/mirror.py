@@ -25,7 +25,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from had_pipe.cache.door import open_object, read_object
@@ -122,12 +122,6 @@ class MirrorStats:
     waiting_seconds: float
     """Of all threads that waited for objects."""
     retries: int
-
-    def since(self, earlier: MirrorStats) -> MirrorStats:
-        """What was done since an earlier look."""
-        return MirrorStats(
-            **{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)}
-        )
 
 
 class Mirror:
