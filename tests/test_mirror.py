@@ -660,6 +660,31 @@ def test_an_object_of_another_length_is_brought_anew(
         assert contents(mirror, SHARD) == (cache / SHARD).read_bytes()
 
 
+@pytest.mark.parametrize("key", [SHARD, "data.zarr/train/0/mask/c/0/0"])
+def test_damage_done_to_a_mirror_is_told_with_what_mends_it(
+    cache: Path, server: FaultyServer, tmp_path: Path, key: str
+) -> None:
+    local = Cache.open(cache)
+    with closing(open_cache(server.url, mirror=tmp_path)) as remote:
+        windows(remote)
+    damaged = tmp_path / local.id / key
+    with damaged.open("r+b") as file:
+        file.seek(5)
+        byte = file.read(1)[0]
+        file.seek(5)
+        file.write(bytes([byte ^ 1]))
+    with (
+        closing(open_cache(server.url, mirror=tmp_path)) as remote,
+        pytest.raises(CacheCorrupt, match="remove it from this mirror, and the next run") as told,
+    ):
+        windows(remote)
+    assert key in str(told.value)
+    damaged.unlink()
+    with closing(open_cache(server.url, mirror=tmp_path)) as remote:
+        for ours, theirs in zip(windows(remote), windows(local), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_link_in_the_mirror_is_refused(cache: Path, server: FaultyServer, tmp_path: Path) -> None:
     with closing(mirrored(server, tmp_path / "m")) as mirror:
         contents(mirror, SHARD)

@@ -379,7 +379,7 @@ class Cache:
                 raise TypeError("attributes that are no object")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise CacheCorrupt(
-                f"{self.path}: {key} is not the JSON of a Zarr group; {_remedy(self.path)}"
+                f"{self.path}: {key} is not the JSON of a Zarr group; {self._remedy}"
             ) from error
         return attributes
 
@@ -388,9 +388,7 @@ class Cache:
         """What the codec lost on held-out groups, measured when the cache was made."""
         fidelity = self.attributes.get("fidelity")
         if not isinstance(fidelity, dict):
-            raise CacheCorrupt(
-                f"{self.path}: {DATA}/zarr.json tells no fidelity; {_remedy(self.path)}"
-            )
+            raise CacheCorrupt(f"{self.path}: {DATA}/zarr.json tells no fidelity; {self._remedy}")
         return fidelity
 
     def locus(self, split: str, row: int) -> Locus:
@@ -405,7 +403,7 @@ class Cache:
         if (found["split"], found["window"]) != (split, row):
             raise CacheCorrupt(
                 f"{self.path}: {WINDOWS} does not hold window {row} of {split!r} at its place; "
-                f"{_remedy(self.path)}"
+                f"{self._remedy}"
             )
         return Locus(found["genome"], found["contig"], found["start"])
 
@@ -460,13 +458,11 @@ class Cache:
         if hashlib.sha256(values.data).hexdigest() != self.plan.contents.get(
             f"statistics/embedding/{name}"
         ):
-            raise CacheCorrupt(
-                f"{self.path}: {key} is not what the plan says; {_remedy(self.path)}"
-            )
+            raise CacheCorrupt(f"{self.path}: {key} is not what the plan says; {self._remedy}")
         if not np.isfinite(values).all() or (name in _POSITIVE and not (values > 0).all()):
             raise CacheCorrupt(
                 f"{self.path}: {key} holds numbers that are no {name}: they must be finite, a std "
-                f"positive; {_remedy(self.path)}"
+                f"positive; {self._remedy}"
             )
         return values
 
@@ -479,7 +475,7 @@ class Cache:
         if sorted(set(arrays["byte"].tolist())) != list(range(nbytes)):
             raise CacheCorrupt(
                 f"{self.path}: statistics/embedding/byte does not name each of the {nbytes:,} "
-                f"bytes of a code; {_remedy(self.path)}"
+                f"bytes of a code; {self._remedy}"
             )
         return Codebook(**arrays)
 
@@ -541,7 +537,7 @@ class Cache:
         if not (masked == plan.windows.masked).all():
             raise CacheCorrupt(
                 f"{self.path}: part {part}: a window without exactly {plan.windows.masked} masked "
-                f"groups, as the plan says; {_remedy(self.path)}"
+                f"groups, as the plan says; {self._remedy}"
             )
         scale = None
         for signal in plan.signals[1:]:
@@ -555,8 +551,7 @@ class Cache:
             scale.view(np.uint16).min() > 0 and scale.view(np.uint16).max() < _INFINITE
         ):
             raise CacheCorrupt(
-                f"{self.path}: part {part}: a scale that is not finite and positive; "
-                f"{_remedy(self.path)}"
+                f"{self.path}: part {part}: a scale that is not finite and positive; {self._remedy}"
             )
         return _OpenPart(
             kmer_id=kmer_id,
@@ -604,6 +599,7 @@ class Cache:
             part=self.plan.part,
             direct=self._direct and streamed,
             passing=part.split in self._passing and streamed,
+            remedy=self._remedy,
             wrong=lambda found: self._wrong(key, found),
         )
 
@@ -632,7 +628,7 @@ class Cache:
         if largest >= KMERS:
             raise CacheCorrupt(
                 f"{self.path}: {_chunk_key(array, number, 1)} holds a k-mer id of {largest:,}, "
-                f"expected less than {KMERS:,}; {_remedy(self.path)}"
+                f"expected less than {KMERS:,}; {self._remedy}"
             )
         return chunk
 
@@ -679,18 +675,16 @@ class Cache:
         raw = self._object(key, limit=expected)
         if len(raw) != expected:
             raise CacheCorrupt(
-                f"{self.path}: {key} has {len(raw):,} bytes, expected {expected:,}; "
-                f"{_remedy(self.path)}"
+                f"{self.path}: {key} has {len(raw):,} bytes, expected {expected:,}; {self._remedy}"
             )
         stored = int.from_bytes(raw[-CRC_NBYTES:], "little")
         if crc32c.crc32c(memoryview(raw)[:-CRC_NBYTES]) != stored:
-            raise CacheCorrupt(f"{self.path}: {key}: wrong CRC32C; {_remedy(self.path)}")
+            raise CacheCorrupt(f"{self.path}: {key}: wrong CRC32C; {self._remedy}")
         little = np.dtype(dtype).newbyteorder("<")
         values = np.frombuffer(raw, dtype=little, count=count).reshape(shape)
         if dtype == "bool" and int(values.view(np.uint8).max()) > 1:
             raise CacheCorrupt(
-                f"{self.path}: {key} holds bytes that are neither true nor false; "
-                f"{_remedy(self.path)}"
+                f"{self.path}: {key} holds bytes that are neither true nor false; {self._remedy}"
             )
         return values
 
@@ -712,7 +706,7 @@ class Cache:
             raise
         except OSError as error:
             raise CacheCorrupt(
-                f"{self.path}: {key} cannot be read ({error.strerror}); {_remedy(self.path)}"
+                f"{self.path}: {key} cannot be read ({error.strerror}); {self._remedy}"
             ) from error
         if self._manifest is not None:
             self._compare(key, hashlib.sha256(raw).hexdigest())
@@ -727,6 +721,12 @@ class Cache:
                 key, f"SHA-256 is {found[:12]}..., the manifest says {expected[:12]}...", sep=": "
             )
 
+    @property
+    def _remedy(self) -> str:
+        if self.mirror is not None:
+            return "remove it from this mirror, and the next run downloads it again"
+        return _remedy(self.path)
+
     def _wrong(self, key: str, found: str, *, sep: str = " ") -> CacheError:
         """The error for an object that is not as it was written."""
         if self._laid_out_anew(key):
@@ -736,7 +736,7 @@ class Cache:
                 "of others then decode what it holds, read it with `--through-zarr` "
                 "(in Python: through_zarr=True); its windows are still held against their receipts"
             )
-        return CacheCorrupt(f"{self.path}: {key}{sep}{found}; {_remedy(self.path)}")
+        return CacheCorrupt(f"{self.path}: {key}{sep}{found}; {self._remedy}")
 
     def _laid_out_anew(self, key: str) -> bool:
         """Whether an object's array has other metadata than was written, yet such as Zarr reads."""

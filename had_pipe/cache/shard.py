@@ -68,8 +68,10 @@ class Shard:
         *,
         direct: bool,
         passing: bool,
+        remedy: str,
     ) -> None:
         self.path = path
+        self._remedy = remedy
         self.signal = signal
         self.crc = record.crcs()
         self._sha256 = record.sha256
@@ -99,12 +101,14 @@ class Shard:
         part: int,
         direct: bool = False,
         passing: bool = False,
+        remedy: str,
         wrong: Callable[[str], Exception],
     ) -> Shard:
         """Take over a descriptor; length and index must be what the plan says, or `wrong` makes the
-        error to raise. `direct` reads past the page cache; what is `passing` leaves it once read.
+        error to raise. `direct` reads past the page cache; what is `passing` leaves it once read;
+        `remedy` tells what to do about damage.
         """
-        shard = cls(path, signal, record, fd, direct=direct, passing=passing)
+        shard = cls(path, signal, record, fd, direct=direct, passing=passing, remedy=remedy)
         nbytes = os.fstat(fd).st_size
         expected = shard_nbytes(signal, windows=windows, part=part)
         if nbytes != expected:
@@ -160,10 +164,7 @@ class Shard:
         if check and hashlib.sha256(raw.data).hexdigest() != self._sha256:
             for row in range(windows):
                 self._check(row, rows[row].data)
-            raise CacheCorrupt(
-                f"{self.path}: SHA-256 is not what its receipt says; `had-pipe cache verify` finds "
-                "all damage"
-            )
+            raise CacheCorrupt(f"{self.path}: SHA-256 is not what its receipt says; {self._remedy}")
         return rows.reshape(-1).view(signal.dtype).reshape(windows, *signal.window)
 
     def advise(self, first: int, rows: int) -> None:
@@ -246,8 +247,7 @@ class Shard:
     def _wrong_crc(self, row: int) -> CacheCorrupt:
         return CacheCorrupt(
             f"{self.path}: window {row} of this shard is not what its receipt says "
-            "(wrong CRC32C: damaged, or another shard's); "
-            "`had-pipe cache verify` finds all damage"
+            f"(wrong CRC32C: damaged, or another shard's); {self._remedy}"
         )
 
     def _failed(self, error: OSError) -> Exception:
