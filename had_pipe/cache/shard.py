@@ -383,7 +383,7 @@ def memory_nbytes() -> int:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("ascii").strip()
+        return path.read_text("utf-8", "replace").strip()
     except OSError:
         return ""
 
