@@ -17,6 +17,8 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 RECIPE := pipelines/demo/demo.toml
 PYTEST_ARGS ?=
+# Test files are dealt out to so many processes, each with a core of its own.
+TESTERS ?= 2
 # BENCH=--full takes twenty minutes and belongs on a machine with nothing else to do.
 BENCH ?= --quick
 PEERS := .venv-peers-zarr/.installed .venv-peers-torch/.installed .venv-peers-mds/.installed
@@ -66,10 +68,12 @@ demo: $(INSTALLED)
 	grep '^page ' "$$told/report"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not soak" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not soak" \
+	  --numprocesses $(TESTERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m "slow and not soak" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not soak" \
+	  --numprocesses $(TESTERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
