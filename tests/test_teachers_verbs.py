@@ -354,6 +354,14 @@ def test_folders_without_checkpoints_are_refused(tmp_path: Path) -> None:
         find([tmp_path])
 
 
+def test_a_file_in_the_place_of_the_hub_cache_is_told_as_such(hub_cache: Path) -> None:
+    hub_cache.write_text("no folder")
+    listed = had_pipe("teachers")
+    assert listed.exit_code == InputError.exit_code
+    told = f"{hub_cache}: expected the folder of the local hub cache, found a file; name a folder"
+    assert told in listed.stderr
+
+
 def test_the_list_as_json_holds_families_and_what_was_found(checkpoint: Path) -> None:
     told = json.loads(had_pipe("teachers", "--in", checkpoint, "--json").stdout)
     assert [family["name"] for family in told["families"]] == [family.name for family in FAMILIES]

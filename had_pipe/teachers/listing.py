@@ -108,6 +108,11 @@ def _in_hub_cache() -> Iterator[tuple[str, str, Path]]:
         cache = scan_cache_dir(constants.HF_HUB_CACHE)
     except errors.CacheNotFound:
         return
+    except ValueError as error:
+        raise InputError(
+            f"{constants.HF_HUB_CACHE}: expected the folder of the local hub cache, found a file; "
+            "name a folder in HF_HUB_CACHE or HF_HOME, or move the file away."
+        ) from error
     for repo in sorted(cache.repos, key=lambda repo: repo.repo_id):
         if repo.repo_type == "model":
             for revision in sorted(repo.revisions, key=lambda one: one.commit_hash):
