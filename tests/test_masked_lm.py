@@ -187,7 +187,6 @@ def family_folder(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_
 
 
 one_of_each = pytest.mark.parametrize("family", FAMILIES)
-an_esm = pytest.mark.parametrize("family_folder", ["esm"], indirect=True, ids=["esm"])
 a_bert = pytest.mark.parametrize("family_folder", ["bert"], indirect=True, ids=["bert"])
 
 
@@ -337,7 +336,7 @@ def test_at_one_batch_shape_a_window_has_the_same_bits_whatever_is_beside_it(
     assert torch.equal(teacher.embed(kmer_id_WT, hidden_WT), together)
 
 
-@an_esm
+@pytest.mark.parametrize("family_folder", ["esm"], indirect=True, ids=["esm"])
 def test_weights_in_several_files_are_the_same_teacher(family_folder: Path) -> None:
     kmer_id_WT, hidden_WT = some_windows(2, 12)
     before = load(family_folder).embed(kmer_id_WT, hidden_WT)
@@ -349,17 +348,16 @@ def test_weights_in_several_files_are_the_same_teacher(family_folder: Path) -> N
     assert torch.equal(load(family_folder).embed(kmer_id_WT, hidden_WT), before)
 
 
-@an_esm
+@pytest.mark.parametrize("family_folder", FAMILIES, indirect=True)
 def test_a_checkpoint_of_the_encoder_alone_is_a_teacher_without_a_head(
     family_folder: Path,
 ) -> None:
     kmer_id_WT, hidden_WT = some_windows(2, 12)
     whole = load(family_folder)
     stored = safetensors.torch.load_file(family_folder / "model.safetensors")
+    encoder = f"{next(name for name in stored if '.layer' in name).partition('.')[0]}."
     bare = {
-        key.removeprefix("esm."): value
-        for key, value in stored.items()
-        if not key.startswith("lm_head")
+        key.removeprefix(encoder): value for key, value in stored.items() if key.startswith(encoder)
     }
     safetensors.torch.save_file(bare, family_folder / "model.safetensors", {"format": "pt"})
     alone = load(family_folder)
@@ -651,6 +649,14 @@ UNFIT: dict[str, tuple[Callable[[Path], None], str]] = {
     "one layer more": (config(num_hidden_layers=4), r"layer\.3\.\S+ is missing \(16 of the enc"),
     "one layer less": (config(num_hidden_layers=2), r"layer\.2\.\S+ is not a key of a BertFor"),
     "other widths": (config(intermediate_size=48), r"intermediate\S+ is 40.*, expected 48"),
+    "a tensor of the head missing": (
+        weights(lambda w: w.pop("cls.predictions.transform.dense.bias")),
+        r"cls\.predictions\.transform\.dense\.bias is missing \(1 of the language head's keys is",
+    ),
+    "a tied tensor of the head missing": (
+        weights(lambda w: w.pop("cls.predictions.bias")),
+        r"cls\.predictions\.bias is missing \(2 of the language head's keys are, the others are",
+    ),
     "a tensor missing": (weights(lambda w: w.pop(QUERY)), f"{QUERY} is missing"),
     "integers": (
         weights(lambda w: w.update({QUERY: w[QUERY].to(torch.int8)})),

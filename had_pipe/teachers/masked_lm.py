@@ -432,7 +432,22 @@ def load_model(folder: Path, shape: Shape) -> tuple[Any, bool]:
             f"{path}: {strange[0]} is not a key of a {name}; the weights do not belong to this "
             f"{CONFIG_FILE}, or are another architecture's."
         )
+    if missing and _some_head(model, missing):
+        raise InputError(
+            f"{path}: {missing[0]} is missing ({len(missing)} of the language head's keys "
+            f"{'is' if len(missing) == 1 else 'are'}, the others are there); get the whole "
+            "checkpoint."
+        )
     return model, not missing
+
+
+def _some_head(model: Any, missing: Sequence[str]) -> bool:
+    """Whether the head has a tensor that was stored and is not the encoder's."""
+    tensors = {key: id(tensor) for key, tensor in model.state_dict(keep_vars=True).items()}
+    # Tied tensors have several names, of which a checkpoint holds one.
+    others = {tensors.get(key) for key in missing}
+    others |= {tensors[key] for key in tensors if key.startswith(f"{model.base_model_prefix}.")}
+    return any(tensors[key] not in others for key in tensors if not _IDLE.search(key))
 
 
 class MaskedLMTeacher:
