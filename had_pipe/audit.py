@@ -222,6 +222,7 @@ def _check_teacher(path: Path, plan: Plan, teacher: Teacher) -> None:
     """Its type may be another one: that is for the windows to tell."""
     mine = {
         "weights_sha256": teacher.weights_sha256,
+        "settings_sha256": teacher.settings_sha256,
         "layer": teacher.layer,
         "channels": teacher.channels,
     }

@@ -160,6 +160,7 @@ def described_teacher(teacher: Teacher, asked: TeacherRecipe) -> dict[str, str |
         "name": teacher.name,
         "revision": teacher.revision,
         "weights_sha256": teacher.weights_sha256,
+        "settings_sha256": teacher.settings_sha256,
         "layer": teacher.layer,
         "input": asked.input,
         "channels": teacher.channels,
@@ -207,7 +208,7 @@ def given_statistics(asked: Job, teacher: Teacher) -> Statistics | None:
         return None
     other = Cache.open(asked.cache.statistics, incomplete=True)
     mine = described_teacher(teacher, asked.teacher)
-    theirs = other.plan.teacher.model_dump(mode="json")
+    theirs = {key: getattr(other.plan.teacher, key) for key in mine}
     differing = [key for key in mine if mine[key] != theirs[key]]
     if differing:
         said = "; ".join(f"{key}: there {theirs[key]!r}, here {mine[key]!r}" for key in differing)

@@ -288,6 +288,7 @@ def check_teacher_of(cache: Path, plan: Plan, teacher: Teacher) -> None:
     """Raises CacheMismatch where a teacher is not the one the cache was planned for."""
     mine = {
         "weights_sha256": teacher.weights_sha256,
+        "settings_sha256": teacher.settings_sha256,
         "layer": teacher.layer,
         "channels": teacher.channels,
         "dtype": teacher.dtype,

@@ -443,6 +443,7 @@ def _cache_facts(cache: Mapping[str, Any], weight: object = None) -> list[tuple[
         ("teacher", teacher.get("name")),
         ("revision", teacher.get("revision")),
         ("weights SHA-256", teacher.get("weights_sha256")),
+        ("settings SHA-256", teacher.get("settings_sha256")),
         ("layer", teacher.get("layer")),
         ("sees at masked k-mers", teacher.get("input")),
         ("channels", teacher.get("channels")),

@@ -371,6 +371,7 @@ def _meaning(cache: Cache, space: Space) -> dict[str, object]:
         "teacher.name": plan.teacher.name,
         "teacher.revision": plan.teacher.revision,
         "teacher.weights_sha256": plan.teacher.weights_sha256,
+        "teacher.settings_sha256": plan.teacher.settings_sha256,
         "teacher.layer": plan.teacher.layer,
         "teacher.input": plan.teacher.input,
         "teacher.channels": plan.teacher.channels,

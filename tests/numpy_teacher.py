@@ -34,6 +34,7 @@ class NumpyTeacher:
     name: str = "table"
     revision: str | None = None
     weights_sha256: str = "5" * 64
+    settings_sha256: str | None = None
     licence: str = "CC-BY-4.0"
     layer: int = -1
     k: int = 6

@@ -21,7 +21,7 @@ from had_pipe.cache import Cache, layout
 from had_pipe.cache.recode import recode
 from had_pipe.dna.kmers import LETTERS, group_masks, spell
 from had_pipe.dna.reference import read_contigs
-from had_pipe.errors import InputError, NonFiniteError
+from had_pipe.errors import CacheRefused, InputError, NonFiniteError
 from had_pipe.extract import extract
 from had_pipe.job import Job
 from had_pipe.progress import Progress, silent
@@ -187,7 +187,17 @@ def test_the_right_teacher_passes_and_the_plan_says_nothing_of_it(
     recipe = a_recipe(DEMO, genome, tmp_path / "cache")
     extract(recipe, device="cpu", report=told.append)
     assert "asking the teacher for hidden 6-mers" in {progress.what for progress in told}
-    assert "unchecked" not in plan_of(tmp_path / "cache")["teacher"]
+    # Nor of what other kinds of teachers are besides their weights.
+    assert set(plan_of(tmp_path / "cache")["teacher"]) == {
+        "name",
+        "revision",
+        "weights_sha256",
+        "layer",
+        "input",
+        "channels",
+        "dtype",
+        "licence",
+    }
     # It is asked where a plan is made, not where one is continued.
     told.clear()
     extract(recipe, device="cpu", report=told.append)
@@ -234,7 +244,7 @@ def test_what_the_recipe_lets_through_is_recorded_and_stays_recorded(
     assert Cache.open(tmp_path / "other").plan.teacher.unchecked is True
 
 
-def test_a_plan_says_true_or_nothing(genome: Path, tmp_path: Path) -> None:
+def test_a_plan_says_something_of_a_teacher_or_nothing(genome: Path, tmp_path: Path) -> None:
     extract(a_recipe(DEMO, genome, tmp_path / "cache"), device="cpu")
     plan, raw = layout.read_plan(tmp_path / "cache")
     assert plan.to_json() == raw
@@ -243,6 +253,13 @@ def test_a_plan_says_true_or_nothing(genome: Path, tmp_path: Path) -> None:
         told["teacher"]["unchecked"] = value
         with pytest.raises(Exception, match=r"not what format 1 says|not canonical"):
             layout.parse_plan(tmp_path, layout.canonical_json(told))
+    told["teacher"] = {**plan.teacher.model_dump(), "settings_sha256": None}
+    with pytest.raises(CacheRefused, match="not canonical"):
+        layout.parse_plan(tmp_path, layout.canonical_json(told))
+    told["teacher"]["settings_sha256"] = "0" * 64
+    other = layout.parse_plan(tmp_path, layout.canonical_json(told))
+    assert set(other.meaning) - set(plan.meaning) == {"teacher.settings_sha256"}
+    del told["teacher"]["settings_sha256"]
     told["teacher"]["unchecked"] = True
     parsed = layout.parse_plan(tmp_path, layout.canonical_json(told))
     assert parsed.meaning == plan.meaning

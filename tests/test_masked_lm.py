@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from itertools import product
 from pathlib import Path
@@ -29,9 +30,19 @@ from transformers import (
     PreTrainedTokenizerFast,
     RoFormerConfig,
 )
+from typer.testing import CliRunner
 
+from had_pipe import cli
+from had_pipe.audit import audit
+from had_pipe.cache import Cache, integrity
+from had_pipe.cache.recode import recode
+from had_pipe.distill import distill
 from had_pipe.dna.kmers import KMERS, group_masks, spell
-from had_pipe.errors import InputError, NonFiniteError, RecipeError
+from had_pipe.errors import CacheMismatch, InputError, NonFiniteError, RecipeError
+from had_pipe.extract import extract
+from had_pipe.parts import PartMaker
+from had_pipe.recipe import read_recipe
+from had_pipe.stream import Stream
 from had_pipe.teachers.masked_lm import read_vocabulary
 from had_pipe.teachers.teacher import load_teacher
 
@@ -397,22 +408,13 @@ def test_cuda_in_bfloat16_stays_close_to_the_cpu(folders: dict[str, Path], famil
 # --- the whole way -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["bert", pytest.param("esm", marks=pytest.mark.slow)])
-def test_both_stages_and_an_audit_run_with_it(
-    folders: dict[str, Path], family: str, tmp_path: Path
-) -> None:
-    from had_pipe.audit import audit
-    from had_pipe.cache import Cache, integrity
-    from had_pipe.distill import distill
-    from had_pipe.extract import extract
-    from had_pipe.recipe import read_recipe
-
+def a_recipe(folder: Path, *, teacher: Path, cache: str = "cache") -> Path:
     letters = "".join(np.random.default_rng(2).choice(list("ACGT"), 9_000))
-    (tmp_path / "g.fa").write_text(f">one\n{letters}\n")
-    (tmp_path / "x.toml").write_text(
+    (folder / "g.fa").write_text(f">one\n{letters}\n")
+    (folder / "x.toml").write_text(
         f"""
 [teacher]
-name = {json.dumps(str(folders[family]))}
+name = {json.dumps(str(teacher))}
 layer = 2
 unchecked = true
 
@@ -426,13 +428,20 @@ bases = 120
 stride = 120
 
 [cache]
-path = "cache"
+path = {json.dumps(cache)}
 codec = "exact"
 part = 16
 {TINY_STUDENT}
 """
     )
-    recipe = read_recipe(tmp_path / "x.toml")
+    return folder / "x.toml"
+
+
+@pytest.mark.parametrize("family", ["bert", pytest.param("esm", marks=pytest.mark.slow)])
+def test_both_stages_and_an_audit_run_with_it(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    recipe = read_recipe(a_recipe(tmp_path, teacher=folders[family]))
     made = extract(recipe, device="cpu")
     assert made.cache_id is not None
     assert integrity.verify(tmp_path / "cache").problems == ()
@@ -710,31 +719,79 @@ def test_kernels_that_a_checkpoint_names_are_not_taken(family_folder: Path, key:
     assert load(family_folder).numerics["kernels"] == "sdpa"
 
 
-@a_bert
-def test_other_tokens_under_the_same_weights_are_another_class_of_arithmetic(
-    family_folder: Path, folders: dict[str, Path]
-) -> None:
-    """So that processes of one cache cannot mix them."""
-    before = loaded(folders["bert"])
-    word_tokenizer(family_folder, bases=1, seed=1)
-    after = load(family_folder)
-    assert after.weights_sha256 == before.weights_sha256
-    differing = {key for key in after.numerics if after.numerics[key] != before.numerics[key]}
-    assert differing == {"tokens"}
+ANOTHER: dict[str, Callable[[Path], None]] = {
+    "a reordered vocabulary": partial(word_tokenizer, bases=1, seed=1),
+    "another activation": config(hidden_act="relu"),
+}
 
 
+@pytest.mark.parametrize("change", ANOTHER)
 @a_bert
-def test_another_config_under_the_same_weights_is_another_class_of_arithmetic(
-    family_folder: Path, folders: dict[str, Path]
+def test_other_tokens_or_settings_under_the_same_weights_are_another_teacher(
+    family_folder: Path, folders: dict[str, Path], change: str
 ) -> None:
     before = loaded(folders["bert"])
     config(dtype="float16", transformers_version="4.0.0", license="mit")(family_folder)
-    assert load(family_folder).numerics == before.numerics
-    config(hidden_act="relu")(family_folder)
+    assert load(family_folder).settings_sha256 == before.settings_sha256
+    ANOTHER[change](family_folder)
     after = load(family_folder)
     assert after.weights_sha256 == before.weights_sha256
-    differing = {key for key in after.numerics if after.numerics[key] != before.numerics[key]}
-    assert differing == {"config"}
+    assert after.settings_sha256 != before.settings_sha256
+
+
+@pytest.fixture(scope="module")
+def sealed(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a teacher, a recipe and the finished cache of both."""
+    folder = tmp_path_factory.mktemp("sealed")
+    shutil.copytree(folders["bert"], folder / "teacher")
+    extract(read_recipe(a_recipe(folder, teacher=folder / "teacher")), device="cpu")
+    return folder
+
+
+@pytest.mark.parametrize("change", ANOTHER)
+def test_a_sealed_cache_of_other_tokens_or_settings_is_refused_everywhere(
+    sealed: Path, tmp_path: Path, change: str
+) -> None:
+    folder = Path(shutil.copytree(sealed, tmp_path / "here"))
+    ANOTHER[change](folder / "teacher")
+    there = Cache.open(folder / "cache").plan.teacher.settings_sha256
+    here = load(folder / "teacher", layer=2).settings_sha256
+    assert there is not None
+
+    recipe = a_recipe(folder, teacher=folder / "teacher")
+    for command in (["extract-teacher", recipe], ["cache", "audit", folder / "cache", recipe]):
+        refused = CliRunner().invoke(cli.app, [*map(str, command), "--device", "cpu"])
+        assert refused.exit_code == CacheMismatch.exit_code
+        told = [line for line in refused.stderr.splitlines() if "_sha256" in line]
+        assert len(told) == 1  # of one key, with both values
+        assert re.search(rf"settings_sha256.*{there[:50]}.*{here[:50]}", told[0])
+        assert "weights_sha256" not in told[0]
+    with pytest.raises(CacheMismatch, match=r"another teacher \(settings_sha256: there "):
+        PartMaker(folder / "cache", load(folder / "teacher", layer=2))
+
+    extract(read_recipe(a_recipe(folder, teacher=folder / "teacher", cache="other")), device="cpu")
+    with pytest.raises(CacheMismatch) as caught:
+        Stream([folder / "cache", folder / "other"], batch=4, seed=0)
+    assert re.findall(r"^  (\S+) ", str(caught.value), re.M) == ["teacher.settings_sha256"]
+    assert there in str(caught.value)
+    assert here in str(caught.value)
+    given = read_recipe(a_recipe(folder, teacher=folder / "teacher", cache="third"))
+    given = given.model_copy(
+        update={"cache": given.cache.model_copy(update={"statistics": folder / "cache"})}
+    )
+    with pytest.raises(CacheMismatch, match=r"of another teacher \(settings_sha256: there "):
+        extract(given, device="cpu")
+
+
+def test_what_a_teacher_is_besides_its_weights_is_shown_and_stays(
+    sealed: Path, tmp_path: Path
+) -> None:
+    teacher = Cache.open(sealed / "cache").plan.teacher
+    for command in (["cache", "inspect", sealed / "cache"], ["plan", sealed / "x.toml"]):
+        shown = CliRunner().invoke(cli.app, [str(word) for word in command])
+        assert f"tokenizer and config.json SHA-256 {teacher.settings_sha256}" in shown.stdout
+    recode(sealed / "cache", tmp_path / "int8", codec="int8")
+    assert Cache.open(tmp_path / "int8").plan.teacher == teacher
 
 
 @pytest.mark.parametrize("layer", [0, LAYERS + 1, -2])

@@ -147,6 +147,8 @@ class TeacherPlan(_Document):
     name: Text
     revision: Text | None
     weights_sha256: Text
+    settings_sha256: Sha256 | None = None
+    """Of the tokens and settings beside the weights; absent from the JSON of an NT-v2's plan."""
     layer: Annotated[int, Field(ge=-1, le=1 << 20)]
     input: Literal["masked", "full"]
     channels: Annotated[int, Field(gt=0, le=1 << 20)]
@@ -158,7 +160,8 @@ class TeacherPlan(_Document):
     @model_serializer(mode="wrap")
     def _without_absent(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = fields(self)
-        return {key: written[key] for key in written if key != "unchecked" or self.unchecked}
+        optional = {"settings_sha256", "unchecked"}
+        return {key: written[key] for key in written if key not in optional or written[key]}
 
 
 class SourcePlan(_Document):

@@ -31,6 +31,7 @@ from had_pipe.cli.shown import (
     print_json,
     reporter,
     say_next,
+    teacher_settings,
 )
 from had_pipe.errors import CacheCorrupt, CacheIncomplete, RecipeError
 from had_pipe.sizes import size
@@ -206,6 +207,7 @@ def _plan_facts(cache: Cache) -> list[tuple[str, str]]:
     revision = f"revision {teacher.revision}, " if teacher.revision else ""
     facts = [
         ("teacher", f"{teacher.name}, {revision}weights SHA-256 {teacher.weights_sha256}"),
+        *teacher_settings(teacher.settings_sha256),
         (
             "",
             f"{layer(teacher.layer)}, {teacher.channels:,} channels in {teacher.dtype}, "

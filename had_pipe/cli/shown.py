@@ -257,6 +257,11 @@ def layer(layer: object) -> str:
     return "after the final norm" if layer == -1 else f"output of block {layer}"
 
 
+def teacher_settings(sha256: object) -> list[tuple[str, str]]:
+    """What names a teacher besides its weights, of one that has it."""
+    return [("", f"tokenizer and config.json SHA-256 {sha256}")] if sha256 else []
+
+
 def fidelity(told: Mapping[str, object]) -> list[str]:
     """The figures of a fidelity report; what it says of each channel is for `--json`."""
     return [

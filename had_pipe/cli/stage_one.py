@@ -29,6 +29,7 @@ from had_pipe.cli.shown import (
     print_json,
     reporter,
     say_next,
+    teacher_settings,
 )
 from had_pipe.errors import RecipeError
 from had_pipe.sizes import size
@@ -81,6 +82,7 @@ def _survey_facts(found: Survey) -> list[tuple[str, str]]:
     facts = [
         ("cache", f"{found.cache} ({found.state})"),
         ("teacher", f"{teacher['name']}, {revision}weights SHA-256 {teacher['weights_sha256']}"),
+        *teacher_settings(teacher["settings_sha256"]),
         (
             "",
             f"{layer(teacher['layer'])}, {found.channels:,} channels in {teacher['dtype']}, "

@@ -86,10 +86,10 @@ class Vocabulary:
 
     @property
     def digest(self) -> str:
-        """Which tokens stand for what, in 16 digits."""
+        """Which tokens stand for what."""
         table = self.token_of_kmer.astype("<i8").tobytes()
         special = repr((self.bases, self.mask, self.before, self.after)).encode()
-        return hashlib.sha256(special + table).hexdigest()[:16]
+        return hashlib.sha256(special + table).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +99,17 @@ class Shape:
     model_class: Any
     config: Any
     settings: str
-    """Which config.json, in 16 digits."""
+    """Which config.json, but for what changes no output: a digest."""
     vocabulary: Vocabulary
     channels: int
     blocks: int
     context: int
     """Most 6-mers of a window."""
+
+    @property
+    def settings_sha256(self) -> str:
+        """Of its tokens and settings: others under the same weights are another teacher."""
+        return hashlib.sha256(f"{self.vocabulary.digest} {self.settings}".encode()).hexdigest()
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
@@ -347,7 +352,7 @@ def _check_config(path: Path, told: Mapping[str, Any]) -> None:
 
 def _settings(said: Mapping[str, Any]) -> str:
     computing = {key: value for key, value in said.items() if key not in _BOOKKEEPING}
-    return hashlib.sha256(json.dumps(computing, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(computing, sort_keys=True).encode()).hexdigest()
 
 
 def _context(path: Path, base: nn.Module, config: Any, vocabulary: Vocabulary) -> int:
@@ -477,6 +482,7 @@ class MaskedLMTeacher:
         self.name = name
         self.revision = revision
         self.weights_sha256 = weights_sha256
+        self.settings_sha256 = shape.settings_sha256
         self.licence = licence
         self.layer = layer
         self.channels = shape.channels
@@ -490,9 +496,6 @@ class MaskedLMTeacher:
             device,
             kernels=str(model.config._attn_implementation),
             transformers=transformers.__version__,
-            # Other tokens or another config.json under the same weights are another teacher.
-            tokens=shape.vocabulary.digest,
-            config=shape.settings,
         )
         self._device, self._compute, self._vocabulary = device, compute, shape.vocabulary
         self._token_of_kmer = torch.from_numpy(shape.vocabulary.token_of_kmer).to(device)

@@ -453,6 +453,8 @@ class NTv2Teacher:
 
     k = K
     token_bases = K
+    settings_sha256 = None
+    """Tokens are ours, and of config.json only heads and epsilon are not in the weights' shapes."""
 
     def __init__(
         self,

@@ -38,6 +38,10 @@ class Teacher(Protocol):
         """Of the weight file as it lies on disk; of several, see `teachers.folder`."""
 
     @property
+    def settings_sha256(self) -> str | None:
+        """Of its tokens and settings, where others may stand beside the same weights; else None."""
+
+    @property
     def licence(self) -> str:
         """An SPDX identifier, or "unknown"."""
 
