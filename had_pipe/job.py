@@ -156,11 +156,12 @@ def describe(
 
 
 def described_teacher(teacher: Teacher, asked: TeacherRecipe) -> dict[str, str | int | None]:
+    settings = teacher.settings_sha256
     return {
         "name": teacher.name,
         "revision": teacher.revision,
         "weights_sha256": teacher.weights_sha256,
-        "settings_sha256": teacher.settings_sha256,
+        **({} if settings is None else {"settings_sha256": settings}),
         "layer": teacher.layer,
         "input": asked.input,
         "channels": teacher.channels,
@@ -208,10 +209,13 @@ def given_statistics(asked: Job, teacher: Teacher) -> Statistics | None:
         return None
     other = Cache.open(asked.cache.statistics, incomplete=True)
     mine = described_teacher(teacher, asked.teacher)
-    theirs = {key: getattr(other.plan.teacher, key) for key in mine}
-    differing = [key for key in mine if mine[key] != theirs[key]]
+    theirs = other.plan.teacher.model_dump(mode="json", exclude={"unchecked"})
+    keys = dict.fromkeys([*mine, *theirs])
+    differing = [key for key in keys if mine.get(key) != theirs.get(key)]
     if differing:
-        said = "; ".join(f"{key}: there {theirs[key]!r}, here {mine[key]!r}" for key in differing)
+        said = "; ".join(
+            f"{key}: there {theirs.get(key)!r}, here {mine.get(key)!r}" for key in differing
+        )
         raise CacheMismatch(
             f"[cache] statistics: {other.path} is of another teacher ({said}), so its mean and std "
             "do not fit"

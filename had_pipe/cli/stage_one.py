@@ -82,7 +82,7 @@ def _survey_facts(found: Survey) -> list[tuple[str, str]]:
     facts = [
         ("cache", f"{found.cache} ({found.state})"),
         ("teacher", f"{teacher['name']}, {revision}weights SHA-256 {teacher['weights_sha256']}"),
-        *teacher_settings(teacher["settings_sha256"]),
+        *teacher_settings(teacher.get("settings_sha256")),
         (
             "",
             f"{layer(teacher['layer'])}, {found.channels:,} channels in {teacher['dtype']}, "
