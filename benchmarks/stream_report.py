@@ -133,7 +133,7 @@ def bars(result: dict[str, Any]) -> list[tuple[str, float, str]]:
 def svg(result: dict[str, Any]) -> str:
     """Bars that are readable on white and on black, whatever page shows them."""
     found = bars(result)
-    left, top, wide, step = 226, 54, 460, 26
+    left, top, wide, step = 244, 54, 442, 26
     longest = max(value for _, value, _ in found)
     height = top + step * len(found) + 14
     parts = [
