@@ -442,13 +442,20 @@ class _Run:
         return [c for c in self.caches if split in c.plan.splits and c.plan.splits[split].windows]
 
     def _pass(
-        self, caches: Sequence[Cache], split: str, windows: int, *, batch: int, what: str
+        self,
+        caches: Sequence[Cache],
+        split: str,
+        windows: int,
+        *,
+        batch: int,
+        what: str,
+        ahead: bool = False,
     ) -> Iterator[Batch]:
-        """The first windows of a split, told of as `what`."""
+        """The first windows of a split, told of as `what`; `ahead` is first_windows' own."""
         total = min(windows, sum(cache.plan.splits[split].windows for cache in caches))
         begun, done = perf_counter(), 0
         reading = first_windows(
-            caches, split=split, windows=windows, batch=batch, device=self._device
+            caches, split=split, windows=windows, batch=batch, device=self._device, ahead=ahead
         )
         while (read := self._signals.wait_for(lambda: next(reading, None))) is not None:
             _require_finite(read, caches, split, f"{self.out}: {what}")
@@ -495,7 +502,7 @@ class _Run:
 
         def seen(caches: Sequence[Cache], split: str, windows: int) -> Iterator[Seen]:
             for batch in self._pass(
-                caches, split, windows, batch=many, what="measuring the floors"
+                caches, split, windows, batch=many, what="measuring the floors", ahead=True
             ):
                 self._signals.stop(_BEFORE)
                 yield batch.kmer_id, batch.mask, self.learner.visible_target(batch)

@@ -307,11 +307,13 @@ def first_windows(
     space: Space = "raw",
     device: torch.device | str = "cpu",
     threads: int | None = None,
+    ahead: bool = False,
 ) -> Iterator[Batch]:
     """The first windows of a split, once, under its first view: at most `windows` of all caches.
 
     Rows were shuffled when the cache was planned, so these are a random sample of the split. Each
-    cache gives its share. The last batch may be smaller.
+    cache gives its share. The last batch may be smaller. `ahead` has mirrors bring them ahead of
+    need, and forget what else was to come.
     """
     require_alike(caches, space=space)
     for cache in caches:
@@ -324,6 +326,9 @@ def first_windows(
     ends = [sum(counts[: i + 1]) * windows // total for i in range(len(counts))]
     plans = []
     for i, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if ahead:
+            count = -(-(end - first) // caches[i].plan.part)
+            caches[i].coming([Part(split, views[i], number) for number in range(count)])
         for row in range(0, end - first, batch):
             rows = np.arange(row, min(row + batch, end - first), dtype=np.int64)
             plans.append((Span(i, 0, views[i], rows),))

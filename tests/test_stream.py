@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Made
 
-from had_pipe.cache import Cache
+from had_pipe.cache import Cache, Part
 from had_pipe.cache.codec import CodecName
 from had_pipe.dna import kmers
 from had_pipe.errors import CacheMismatch, RecipeError
@@ -181,6 +181,21 @@ def test_first_windows_are_the_first_of_each_cache_by_its_share(made: Made) -> N
 
     assert rows(20) == (list(range(15)), list(range(5)))
     assert rows(1000) == (list(range(30)), list(range(10)))
+
+
+def test_first_windows_tell_ahead_of_exactly_the_parts_they_read(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = [made(valid=30, part=16, seed=0), made(valid=10, part=16, seed=1)]
+    told: dict[Path, list[Part]] = {}
+    monkeypatch.setattr(Cache, "coming", lambda self, parts: told.update({self.path: list(parts)}))
+    for windows, ahead, counts in ((40, False, ()), (20, True, (1, 1)), (40, True, (2, 1))):
+        told.clear()
+        read = first_windows(caches, split="valid", windows=windows, batch=8, ahead=ahead)
+        assert sum(len(batch.kmer_id) for batch in read) == windows
+        assert [told[cache.path] for cache in caches if told] == [
+            [Part("valid", 0, number) for number in range(count)] for count in counts
+        ]
 
 
 def test_an_unlike_cache_is_refused_naming_each_difference(made: Made) -> None:
