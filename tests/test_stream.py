@@ -187,7 +187,7 @@ def test_first_windows_tell_ahead_of_exactly_the_parts_they_read(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches = [made(valid=30, part=16, seed=0), made(valid=10, part=16, seed=1)]
-    told: dict[Path, list[Part]] = {}
+    told: dict[Any, list[Part]] = {}
     monkeypatch.setattr(Cache, "coming", lambda self, parts: told.update({self.path: list(parts)}))
     for windows, ahead, counts in ((40, False, ()), (20, True, (1, 1)), (40, True, (2, 1))):
         told.clear()
