@@ -608,8 +608,10 @@ def dask_process(*words: str) -> Iterator[subprocess.Popen[bytes]]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()  # or leaving waits for it for ever
 
 
 @pytest.mark.slow
