@@ -61,6 +61,7 @@ _SHOWN = 5
 
 _LOOK_SECONDS = 0.5  # between two looks for something that may change at any moment
 _CALM_SECONDS = 5.0  # between two looks at the workers, while there are some
+_WRITING_SECONDS = 2.0  # for a scheduler file that is there but not whole
 _GONE_SECONDS = 30.0
 
 ATTEMPTS = f"{layout.WORK}/attempts"
@@ -156,9 +157,18 @@ def _address(scheduler: str) -> str:
                 "scheduler file that exists"
             )
         return scheduler
-    address = None
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        address = json.loads(Path(scheduler).read_text("utf-8"))["address"]
+    address, until = None, time.monotonic() + _WRITING_SECONDS
+    while True:
+        try:
+            address = json.loads(Path(scheduler).read_text("utf-8"))["address"]
+        except ValueError:
+            # Dask writes it in place: one that has just begun is there before its text is.
+            if time.monotonic() < until:
+                time.sleep(0.05)
+                continue
+        except (KeyError, TypeError):
+            pass
+        break
     if not isinstance(address, str):
         raise RecipeError(
             f"--scheduler {scheduler}: not a file that a scheduler wrote; take that of `dask "

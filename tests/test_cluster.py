@@ -258,6 +258,20 @@ def test_another_version_and_another_file_system_are_refused(place: Place) -> No
         a_bench(place, path=Path("/nowhere")).make(part, wait=0, limit=3)
 
 
+def test_a_scheduler_file_that_is_just_being_written_is_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "scheduler.json"
+    file.write_text('{"address": "tcp://127.')
+
+    def write() -> None:
+        time.sleep(0.3)
+        file.write_text('{"address": "tcp://127.0.0.1:8786"}')
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    assert cluster_module._address(str(file)) == "tcp://127.0.0.1:8786"
+    writing.join()
+
+
 @pytest.mark.parametrize("scheduler", ["nowhere", "/there/is/none.json"])
 def test_a_scheduler_is_an_address_or_a_file(place: Place, scheduler: str) -> None:
     with pytest.raises(RecipeError, match="neither an address"):
