@@ -588,12 +588,8 @@ while True:
 def test_what_lies_in_a_mirror_is_whole_whoever_was_killed_when(
     cache: Path, server: FaultyServer, tmp_path: Path
 ) -> None:
-    keys = [
-        str(path.relative_to(cache))
-        for path in cache.rglob("*")
-        if path.is_file() and path.name not in ("plan.json", "manifest.json")
-    ]
-    expected = {key: (cache / key).read_bytes() for key in keys}
+    expected = objects_of(cache)
+    keys = list(expected)
     limit, kills, chosen = 4 * SHARD_NBYTES, 0, random.Random(1)
     command = [sys.executable, "-c", _READ_AND_DIE, server.url, str(tmp_path), str(limit), *keys]
     readers = [
@@ -861,12 +857,8 @@ def test_a_mirror_cannot_lie_in_a_file(server: FaultyServer, tmp_path: Path) -> 
 def test_many_threads_in_a_small_mirror_over_a_bad_network_read_what_is_there(
     cache: Path, server: FaultyServer, tmp_path: Path
 ) -> None:
-    keys = [
-        str(path.relative_to(cache))
-        for path in cache.rglob("*")
-        if path.is_file() and path.name not in ("plan.json", "manifest.json")
-    ]
-    expected = {key: (cache / key).read_bytes() for key in keys}
+    expected = objects_of(cache)
+    keys = list(expected)
     bad = [Fault(status=503), Fault(reset_after=7), Fault(flip=True), Fault(short_by=1)]
     failed: list[BaseException] = []
 
@@ -982,6 +974,15 @@ def test_processes_that_stand_still_make_room_for_those_that_read(
 
 
 # What is to come
+
+
+def objects_of(cache: Path) -> dict[str, bytes]:
+    """All objects of a cache but those that describe it."""
+    return {
+        str(path.relative_to(cache)): path.read_bytes()
+        for path in cache.rglob("*")
+        if path.is_file() and path.name not in ("plan.json", "manifest.json")
+    }
 
 
 def settled(condition: Any) -> None:
