@@ -116,7 +116,7 @@ def test_a_signal_while_a_server_hangs_is_obeyed_in_seconds_and_nothing_is_lost(
     recipe = remote(server, tmp_path / "run")
     with pytest.raises(Interrupted, match="stopped by SIGTERM after step "):
         distill(recipe, mirror=tmp_path / "mirror", report=report)
-    assert time.monotonic() - sent[0] < 8
+    assert time.monotonic() - sent[0] < 20  # the server's silence would be borne for 30
     assert server.count(key) >= 1
     server.always.clear()
     distill(recipe, mirror=tmp_path / "mirror")

@@ -165,10 +165,10 @@ def test_a_busy_holder_is_heard_of_and_keeps_its_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.lock"
-    monkeypatch.setattr(hold, "LEASE_SECONDS", 1.5)
-    with leasing(path, 1.5) as holder:
+    monkeypatch.setattr(hold, "LEASE_SECONDS", 4.0)
+    with leasing(path, 4.0) as holder:
         lease = Lease(path)
-        until = time.monotonic() + 4
+        until = time.monotonic() + 7
         while time.monotonic() < until:
             assert not lease.take()
             time.sleep(0.05)
