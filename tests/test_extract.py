@@ -967,15 +967,17 @@ def test_a_sleeper_whose_lease_was_taken_over_commits_nothing(
     other = lease_of(path, missing)
     assert lease.take()
 
-    def taken_over(_: int) -> None:
+    def taken_over(kmer_id_WT: npt.NDArray[np.uint16]) -> npt.NDArray[np.bool_]:
         """What happens to whoever sleeps too long: its file is another's, its temporaries gone."""
-        lease.path.unlink()
-        assert other.take()
-        for leftover in (path / ".work").glob("*.tmp"):
-            leftover.unlink()
+        if other.lost:
+            lease.path.unlink()
+            assert other.take()
+            for leftover in (path / ".work").glob("*.tmp"):
+                leftover.unlink()
+        return np.zeros(len(kmer_id_WT), dtype=bool)
 
-    with PartMaker(path, NumpyTeacher()) as maker:
-        assert maker.make(missing, lease, taken_over).result() is None
+    with PartMaker(path, NumpyTeacher(spoil=taken_over)) as maker:
+        assert maker.make(missing, lease).result() is None
     assert not (path / missing.receipt_key).exists()
     assert not other.lost
     other.release()
