@@ -2,7 +2,8 @@
 
 from had_pipe.students.delta_rule import Kernel, gated_delta_rule, kernel
 from had_pipe.students.had import HADConfig, HADForMaskedLM, HADModel, save_student
-from had_pipe.students.tokenizer import HADTokenizer, spell
+from had_pipe.students.spelling import spell
+from had_pipe.students.tokenizer import HADTokenizer
 
 __all__ = [
     "HADConfig",

@@ -1,4 +1,4 @@
-"""One base, one token: the student's alphabet, and k-mer ids spelt in it.
+"""One base, one token: the student's alphabet.
 
 The ids are those of HyenaDNA and Caduceus, so that their downstream code fits.
 """
@@ -7,12 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-
-from had_pipe.dna.kmers import K
 
 VOCABULARY = (
     "[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", "A", "C", "G", "T", "N",
@@ -20,14 +16,6 @@ VOCABULARY = (
 MASK = VOCABULARY.index("[MASK]")
 PAD = VOCABULARY.index("[PAD]")
 FIRST_BASE = VOCABULARY.index("A")
-
-
-def spell(kmer_id_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The student's input (B, 6T): the six bases of a k-mer, or six mask symbols."""
-    # A k-mer id is its bases as pairs of bits, first base highest.
-    shift_6 = torch.arange(2 * (K - 1), -1, -2, device=kmer_id_BT.device)
-    base_BT6 = ((kmer_id_BT.long().unsqueeze(-1) >> shift_6) & 3) + FIRST_BASE
-    return base_BT6.masked_fill_(mask_BT.unsqueeze(-1), MASK).flatten(1)
 
 
 class HADTokenizer(PreTrainedTokenizerFast):
