@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     EPOCH_RUNS = 6
     VERIFY_SAMPLE = 7
     AUDIT_SAMPLE = 8
+    BASE_MASK = 9
 
 
 def draws(

@@ -266,14 +266,14 @@ class Student(Section):
     """Key width of a head; 48 and 64 are miscompiled on Hopper by Triton 3.4 to 3.7.0."""
     expand_v: Annotated[int, Field(gt=0)] = 2
     """Value width of a head, in key widths."""
-    attention_heads: Annotated[int, Field(gt=0)] = 4
-    """Heads of the one self-attention layer."""
+    attention_heads: Annotated[int, Field(ge=0)] = 4
+    """Heads of the one self-attention layer; 0 leaves the layer out."""
     mlp: Annotated[int, Field(gt=0)] = 512
     """Inner width of the gated MLP."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.hidden_size % self.attention_heads:
+        if self.attention_heads and self.hidden_size % self.attention_heads:
             raise ValueError(
                 f"attention_heads = {self.attention_heads}: must divide hidden_size = "
                 f"{self.hidden_size}"
@@ -285,11 +285,21 @@ class Objective(Section):
     """`[objective]`: the two terms of HAD's loss."""
 
     align: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the alignment of visible groups with the teacher (mean squared error)."""
+    """Weight of the alignment of groups with the teacher."""
     reconstruct: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the reconstruction of masked bases (cross-entropy)."""
     target: Literal["raw", "normalised"] = "raw"
     """The teacher's own space, or each channel with mean 0 and std 1."""
+    align_on: Literal["visible", "masked", "all"] = "visible"
+    """Which groups are aligned; the cache must hold them (`[windows] store`)."""
+    pool: Literal["mean", "concat", "per_base"] = "mean"
+    """Six features to one group: their mean, all six side by side, or each compared by itself."""
+    error: Literal["mse", "smooth_l1"] = "mse"
+    """Of the alignment: the squared error, or the same up to 1 and a straight line beyond."""
+    masking: Literal["group", "base"] = "group"
+    """What the student does not see: the cache's masked groups, or as many bases drawn singly."""
+    mask_tokens: Literal["kept", "dropped"] = "kept"
+    """Masked bases are mask symbols to the student, or are left out of what it reads."""
     decoder_heads: Annotated[int, Field(gt=0)] = 4
     """Heads of the cross-attention that reconstructs masked bases."""
 
@@ -297,6 +307,21 @@ class Objective(Section):
     def _something_to_learn(self) -> Self:
         if self.align == 0 and self.reconstruct == 0:
             raise ValueError("align and reconstruct are both 0: nothing would be learnt")
+        return self
+
+    @model_validator(mode="after")
+    def _pools_whole_groups(self) -> Self:
+        if self.mask_tokens == "dropped" and self.align_on != "visible":
+            raise ValueError(
+                f"mask_tokens = 'dropped' leaves masked groups without features, so align_on = "
+                f"{self.align_on!r} has nothing to align: use align_on = 'visible', or "
+                "mask_tokens = 'kept'"
+            )
+        if self.mask_tokens == "dropped" and self.masking == "base":
+            raise ValueError(
+                "mask_tokens = 'dropped' leaves whole groups out, but masking = 'base' hides "
+                "single bases: use masking = 'group', or mask_tokens = 'kept'"
+            )
         return self
 
 

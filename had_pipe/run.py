@@ -30,6 +30,16 @@ RUN, METRICS, CHECKPOINTS, STUDENT = "run.json", "metrics.jsonl", "checkpoints",
 # Keys of [train] that say where and how often, not what is learnt: they may change within a run.
 _CADENCE = ("out", "log_every", "validate_every", "checkpoint_every")
 
+# Keys that recipes learnt later, at the value that says what was done before there were any: a run
+# that was begun without them goes on.
+_LEARNT = {
+    "objective.align_on": "visible",
+    "objective.pool": "mean",
+    "objective.error": "mse",
+    "objective.masking": "group",
+    "objective.mask_tokens": "kept",
+}
+
 Row = Mapping[str, Any]
 """A line of metrics: its kind ("floors", "train", "validation") and its figures by name."""
 
@@ -83,7 +93,8 @@ def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
     for section, values in document["recipe"].items():
         for key, value in values.items():
             # A key without a value is not there: a run goes on when its recipe learns a new key.
-            if value is not None and (section != "train" or key not in _CADENCE):
+            later = value is None or _LEARNT.get(f"{section}.{key}") == value
+            if not later and (section != "train" or key not in _CADENCE):
                 identity[f"{section}.{key}"] = value
     for i, cache in enumerate(document["caches"]):
         identity[f"cache {i + 1}" if i else "cache"] = cache["id"]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from had_pipe.dna.kmers import (
     KMERS,
     K,
+    base_masks,
     decode_kmers,
     encode_kmers,
     group_masks,
@@ -121,6 +122,24 @@ def test_masks_keep_their_groups_for_ever() -> None:
     """Golden: a NumPy that drew otherwise would mask other groups than the caches hold."""
     mask = group_masks(seed=0, view=1, first=9_000, windows=4, kmers=85, masked=13)
     assert [np.flatnonzero(row).tolist() for row in mask] == GOLDEN_MASKS
+
+
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    stream=st.integers(0, 2**40),
+    rows=st.lists(st.integers(0, 10**9), min_size=1, max_size=5),
+    bases=st.integers(1, 70),
+    share=st.floats(0.01, 0.99),
+)
+def test_single_bases_are_hidden_by_the_smallest_draws_of_their_own_window(
+    seed: int, stream: int, rows: list[int], bases: int, share: float
+) -> None:
+    masked = masked_groups(share, bases)
+    mask = base_masks(seed=seed, stream=stream, rows=np.array(rows), bases=bases, masked=masked)
+    for row, own in zip(rows, mask, strict=True):
+        drawn = draws(Purpose.BASE_MASK, seed, stream, first=row, rows=1, columns=bases)[0].tolist()
+        smallest = sorted(range(bases), key=lambda s: (drawn[s], s))[:masked]
+        assert np.flatnonzero(own).tolist() == sorted(smallest)
 
 
 def test_strands_keep_their_sides_for_ever() -> None:

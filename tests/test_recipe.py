@@ -274,6 +274,18 @@ REFUSED = [
         "batch = 16\n[objective]\nalign = 0\nreconstruct = 0.0",
         "[objective] align and reconstruct are both 0: nothing would be learnt",
     ),
+    (
+        "batch = 16",
+        "batch = 16\n[objective]\nmask_tokens = 'dropped'\nalign_on = 'all'",
+        "[objective] mask_tokens = 'dropped' leaves masked groups without features, so align_on = "
+        "'all' has nothing to align: use align_on = 'visible', or mask_tokens = 'kept'",
+    ),
+    (
+        "batch = 16",
+        "batch = 16\n[objective]\nmask_tokens = 'dropped'\nmasking = 'base'",
+        "[objective] mask_tokens = 'dropped' leaves whole groups out, but masking = 'base' hides "
+        "single bases: use masking = 'group', or mask_tokens = 'kept'",
+    ),
 ]
 
 

@@ -47,6 +47,14 @@ def test_a_run_is_what_decides_its_result_and_not_how_often_or_where(tmp_path: P
             begin(tmp_path, other)
 
 
+def test_a_key_at_the_value_of_the_time_before_it_changes_no_run() -> None:
+    before, after = a_document(), a_document()
+    after["recipe"] = {**before["recipe"], "objective": {"pool": "mean", "masking": "group"}}
+    assert run_id(after) == run_id(before)
+    after["recipe"]["objective"]["pool"] = "concat"
+    assert run_id(after) != run_id(before)
+
+
 def test_metrics_come_back_as_written_and_are_cut_to_the_checkpoint(tmp_path: Path) -> None:
     begin(tmp_path, a_document())
     assert read_metrics(tmp_path) == []

@@ -73,9 +73,29 @@ def group_masks(
     """
     assert 0 <= masked <= kmers
     keys = draws(Purpose.MASK, seed, view, first=first, rows=windows, columns=kmers)
-    order = np.argsort(keys, axis=1, kind="stable")
-    mask = np.zeros((windows, kmers), dtype=np.bool_)
-    np.put_along_axis(mask, order[:, :masked], True, axis=1)
+    return _smallest(keys, masked)
+
+
+def base_masks(
+    *, seed: int, stream: int, rows: npt.NDArray[np.int64], bases: int, masked: int
+) -> npt.NDArray[np.bool_]:
+    """Masks (rows, bases) of the named windows, exactly `masked` single bases of each.
+
+    Drawn as groups are, from (seed, stream, row): the control that hides bases, not k-mers.
+    """
+    assert 0 <= masked <= bases
+    keys = [
+        draws(Purpose.BASE_MASK, seed, stream, first=row, rows=1, columns=bases)
+        for row in rows.tolist()
+    ]
+    return _smallest(np.concatenate(keys), masked)
+
+
+def _smallest(keys_WN: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.bool_]:
+    """True at the `count` smallest keys of each row, ties by position."""
+    order = np.argsort(keys_WN, axis=1, kind="stable")
+    mask = np.zeros(keys_WN.shape, dtype=np.bool_)
+    np.put_along_axis(mask, order[:, :count], True, axis=1)
     return mask
 
 

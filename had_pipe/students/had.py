@@ -59,7 +59,7 @@ class HADConfig(PreTrainedConfig):
     conv: int = 4
     """Width of the causal convolution on queries, keys and values, in bases."""
     attention_heads: int = 4
-    """Heads of the one self-attention layer."""
+    """Heads of the one self-attention layer; 0 leaves it out."""
     mlp: int = 512
     """Inner width of the gated MLP."""
     decoder_heads: int = 4
@@ -214,7 +214,8 @@ class HADPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             # A residual stream of r branches grows with sqrt(r) unless each starts smaller.
-            branches = self.config.layers + 2 if isinstance(module, BranchEnd) else 1
+            stream = self.config.layers + bool(self.config.attention_heads) + 1
+            branches = stream if isinstance(module, BranchEnd) else 1
             init.normal_(module.weight, std=std / math.sqrt(branches))
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -243,8 +244,8 @@ class HADModel(HADPreTrainedModel):
         self.embeddings = nn.Embedding(config.vocab_size, E)
         self.layer_norms = nn.ModuleList(nn.RMSNorm(E, eps=NORM_EPS) for _ in range(config.layers))
         self.layers = nn.ModuleList(BidirectionalGDN(config) for _ in range(config.layers))
-        self.attention_norm = nn.RMSNorm(E, eps=NORM_EPS)
-        self.attention = Attention(E, config.attention_heads)
+        self.attention_norm = nn.RMSNorm(E, eps=NORM_EPS) if config.attention_heads else None
+        self.attention = Attention(E, config.attention_heads) if config.attention_heads else None
         self.mlp_norm = nn.RMSNorm(E, eps=NORM_EPS)
         self.mlp = GatedMLP(E, config.mlp)
         self.norm = nn.RMSNorm(E, eps=NORM_EPS)
@@ -276,8 +277,9 @@ class HADModel(HADPreTrainedModel):
                 # Nothing in: key and value are zero, the state stays as it is.
                 h_BSE = h_BSE * seen_BS.unsqueeze(-1)
             x_BSE = x_BSE + layer(h_BSE)
-        h_BSE = self.attention_norm(x_BSE)
-        x_BSE = x_BSE + self.attention(h_BSE, h_BSE, seen_BS)
+        if self.attention_norm is not None and self.attention is not None:
+            h_BSE = self.attention_norm(x_BSE)
+            x_BSE = x_BSE + self.attention(h_BSE, h_BSE, seen_BS)
         x_BSE = x_BSE + self.mlp(self.mlp_norm(x_BSE))
         feat_BSE = self.norm(x_BSE)
         if return_dict is False:
