@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def rounds(contenders: Mapping[str, Callable[[], Pass]], count: int) -> dict[str, list[Pass]]:
+def rounds(contenders: Mapping[str, Callable[[], Done]], count: int) -> dict[str, list[Done]]:
     """What each contender did in each round, in turn, the order turned every round."""
-    found: dict[str, list[Pass]] = {name: [] for name in contenders}
+    found: dict[str, list[Done]] = {name: [] for name in contenders}
     for number in range(count + 1):
         names = list(contenders)
         for name in names if number % 2 else reversed(names):
