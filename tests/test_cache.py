@@ -312,8 +312,16 @@ def test_a_locus_is_the_row_of_the_window_table(caches: Mapping[str, Path]) -> N
             row["contig"],
             row["start"],
         )
+        assert locus.soft_masked_bases == row["soft_masked_bases"]
     with pytest.raises(AssertionError):
         cache.locus("train", 11)  # which is the first of valid in the file
+
+
+def test_many_loci_are_those_of_one_window_after_another(caches: Mapping[str, Path]) -> None:
+    cache = Cache.open(caches["int8"])
+    rows = [10, 0, 3, 3, 9]
+    assert cache.loci("train", rows) == [cache.locus("train", row) for row in rows]
+    assert cache.loci("train", []) == []
 
 
 def test_kmers_can_be_read_alone(caches: Mapping[str, Path]) -> None:

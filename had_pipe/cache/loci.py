@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -102,14 +102,23 @@ class WindowTable:
 
     def row(self, place: int) -> dict[str, Any]:
         """One row, counted over all splits in alphabetical order."""
+        return self.rows([place])[0]
+
+    def rows(self, places: Sequence[int]) -> list[dict[str, Any]]:
+        """Some rows, in the order asked for; each row group is decoded once."""
+        found: dict[int, dict[str, Any]] = {}
+        first = 0
         for group, rows in enumerate(self._groups):
-            if place < rows:
-                table = self._read(group).slice(place, 1)
-                found = {name: table[name].to_pylist()[0] for name in COLUMNS}
-                self._check_names(value for value in found.values() if isinstance(value, str))
-                return found
-            place -= rows
-        raise AssertionError("no such window in the plan")
+            inside = [place for place in set(places) if first <= place < first + rows]
+            if inside:
+                table = self._read(group).take([place - first for place in inside])
+                columns = [table[name].to_pylist() for name in COLUMNS]
+                for place, values in zip(inside, zip(*columns, strict=True), strict=True):
+                    self._check_names(value for value in values if isinstance(value, str))
+                    found[place] = dict(zip(COLUMNS, values, strict=True))
+            first += rows
+        assert all(0 <= place < first for place in places), "no such window in the plan"
+        return [found[place] for place in places]
 
     def lines(self) -> Iterator[bytes]:
         """The table as the text that its digest is taken of, some thousand lines at a time."""

@@ -19,7 +19,7 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,6 +116,8 @@ class Locus:
     genome: str
     contig: str
     start: int
+    soft_masked_bases: int
+    """How many of its bases the genome has in lower case: repeats, mostly."""
 
 
 @dataclass(frozen=True)
@@ -393,19 +395,27 @@ class Cache:
 
     def locus(self, split: str, row: int) -> Locus:
         """Where a window lies on its genome."""
-        assert 0 <= row < self.rows(split)
-        place = row + sum(self.rows(name) for name in self.plan.splits if name < split)
+        return self.loci(split, [row])[0]
+
+    def loci(self, split: str, rows: Sequence[int]) -> list[Locus]:
+        """Where some windows lie, in the order asked for."""
+        assert all(0 <= row < self.rows(split) for row in rows)
+        before = sum(self.rows(name) for name in self.plan.splits if name < split)
         with WindowTable(self.path, self.plan, opener=self._open_object) as table:
             if self._manifest is not None and not self._windows_checked:
                 self._compare(WINDOWS, table.sha256())
                 self._windows_checked = True
-            found = table.row(place)
-        if (found["split"], found["window"]) != (split, row):
-            raise CacheCorrupt(
-                f"{self.path}: {WINDOWS} does not hold window {row} of {split!r} at its place; "
-                f"{self._remedy}"
-            )
-        return Locus(found["genome"], found["contig"], found["start"])
+            lines = table.rows([before + row for row in rows])
+        for row, line in zip(rows, lines, strict=True):
+            if (line["split"], line["window"]) != (split, row):
+                raise CacheCorrupt(
+                    f"{self.path}: {WINDOWS} does not hold window {row} of {split!r} at its place; "
+                    f"{self._remedy}"
+                )
+        return [
+            Locus(line["genome"], line["contig"], line["start"], line["soft_masked_bases"])
+            for line in lines
+        ]
 
     def group_locus(self, split: str, row: int, *, view: int, group: int) -> GroupLocus:
         """Where a stored group lies: row `group` of the embedding of window `row` under a view."""
