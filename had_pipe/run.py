@@ -27,8 +27,12 @@ from had_pipe.errors import InputError, NonFiniteError, RunMismatch
 FORMAT = "had-run/1"
 RUN, METRICS, CHECKPOINTS, STUDENT = "run.json", "metrics.jsonl", "checkpoints", "student"
 
-# Keys of [train] that say where and how often, not what is learnt: they may change within a run.
-_CADENCE = ("out", "log_every", "validate_every", "checkpoint_every")
+# Keys of [train] that say where, how often and in what portions, not what is learnt: they may change
+# within a run.
+_CADENCE = (
+    *("out", "log_every", "validate_every", "checkpoint_every"),
+    *("micro_batch", "keep", "track"),
+)
 
 # Keys that recipes learnt later, at the value that says what was done before there were any: a run
 # that was begun without them goes on.
