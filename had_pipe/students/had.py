@@ -10,30 +10,22 @@ B windows, S bases, T = S / 6 k-mers, E width, F channels of a projection, Q que
 from __future__ import annotations
 
 import math
-import os
-import re
-from contextlib import redirect_stderr
-from io import StringIO
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 
 from had_pipe.students.delta_rule import gated_delta_rule
-from had_pipe.students.tokenizer import FIRST_BASE, MASK, PAD, HADTokenizer
+from had_pipe.students.tokenizer import FIRST_BASE, MASK, PAD
 
 NORM_EPS = 1e-5
 UNIT_EPS = 1e-6
@@ -64,6 +56,8 @@ class HADConfig(PreTrainedConfig):
     """Inner width of the gated MLP."""
     decoder_heads: int = 4
     """Heads of the cross-attention that reads masked bases (masked-language head only)."""
+    classifier_dropout: float = 0.0
+    """Share of a sequence's mean feature that training of the classification head drops."""
     initializer_range: float = 0.02
     """Standard deviation of first weights."""
     pad_token_id: int = PAD
@@ -78,6 +72,11 @@ def _unit(x_BSHK: Tensor) -> Tensor:
     """x / sqrt(sum of squares + eps)."""
     width = x_BSHK.shape[-1]
     return F.rms_norm(x_BSHK, (width,), x_BSHK.new_full((width,), width**-0.5), UNIT_EPS / width)
+
+
+def _or_all(seen_BS: Tensor) -> Tensor:
+    """What may be read: all of a row where nothing is seen, as a softmax over nothing is NaN."""
+    return seen_BS | ~seen_BS.any(dim=1, keepdim=True)
 
 
 class BranchEnd(nn.Linear):
@@ -235,8 +234,8 @@ class HADPreTrainedModel(PreTrainedModel):
 class HADModel(HADPreTrainedModel):
     """The student alone: ids of bases to one feature a base."""
 
-    # A folder saved with the masked-language head holds the student too.
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # noqa: RUF012
+    # A folder saved with a head holds the student too.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier\."]  # noqa: RUF012
 
     def __init__(self, config: HADConfig) -> None:
         super().__init__(config)
@@ -279,7 +278,8 @@ class HADModel(HADPreTrainedModel):
             x_BSE = x_BSE + layer(h_BSE)
         if self.attention_norm is not None and self.attention is not None:
             h_BSE = self.attention_norm(x_BSE)
-            x_BSE = x_BSE + self.attention(h_BSE, h_BSE, seen_BS)
+            readable_BS = None if seen_BS is None else _or_all(seen_BS)
+            x_BSE = x_BSE + self.attention(h_BSE, h_BSE, readable_BS)
         x_BSE = x_BSE + self.mlp(self.mlp_norm(x_BSE))
         feat_BSE = self.norm(x_BSE)
         if return_dict is False:
@@ -289,6 +289,8 @@ class HADModel(HADPreTrainedModel):
 
 class HADForMaskedLM(HADPreTrainedModel):
     """The student with the decoder it was trained with: logits of masked bases."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\."]  # noqa: RUF012
 
     def __init__(self, config: HADConfig) -> None:
         super().__init__(config)
@@ -317,9 +319,7 @@ class HADForMaskedLM(HADPreTrainedModel):
         seen_BS = input_ids != MASK
         if attention_mask is not None:
             seen_BS = seen_BS & attention_mask.bool()
-        # A window with nothing visible reads itself: a softmax over nothing is NaN.
-        seen_BS = seen_BS | ~seen_BS.any(dim=1, keepdim=True)
-        base_BS4 = self.decoder(feat_BSE, feat_BSE, seen_BS).float()
+        base_BS4 = self.decoder(feat_BSE, feat_BSE, _or_all(seen_BS)).float()
         others = self.config.vocab_size - FIRST_BASE - 4
         logits_BSF = F.pad(base_BS4, (FIRST_BASE, others), value=torch.finfo(torch.float32).min)
         loss = None
@@ -330,28 +330,55 @@ class HADForMaskedLM(HADPreTrainedModel):
         return MaskedLMOutput(loss=loss, logits=logits_BSF)
 
 
-def save_student(student: HADModel, decoder: BaseDecoder | None, folder: Path) -> None:
-    """Weights, configuration and tokenizer, as transformers reads them.
+class HADForSequenceClassification(HADPreTrainedModel):
+    """The student with a linear map of a sequence's mean feature, which is yours to train.
 
-    The decoder is kept with the student where there is one. Raises OSError where the disk fails.
+    Losses are transformers' own: squared error of one label, cross-entropy of several, or binary
+    cross-entropy where labels are floats; `config.problem_type` says which, or the first labels do.
     """
-    model = HADForMaskedLM.of(student, decoder) if decoder else student
-    nn.Module.eval(model)
-    try:
-        with redirect_stderr(StringIO()):  # transformers draws a progress bar of its own
-            model.save_pretrained(folder)
-    except SafetensorError as error:
-        # It tells a full disk in an exception of its own.
-        told = re.search(r"os error (\d+)", str(error))
-        if told is None:
-            raise
-        raise OSError(int(told[1]), os.strerror(int(told[1])), str(folder)) from error
-    HADTokenizer().save_pretrained(folder)
-    # The weights come out readable by their owner alone; a student is there to be shared.
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # noqa: RUF012
 
-AutoConfig.register("had", HADConfig, exist_ok=True)
-AutoModel.register(HADConfig, HADModel, exist_ok=True)
-AutoModelForMaskedLM.register(HADConfig, HADForMaskedLM, exist_ok=True)
-AutoTokenizer.register(HADConfig, tokenizer_class=HADTokenizer, exist_ok=True)
+    def __init__(self, config: HADConfig) -> None:
+        super().__init__(config)
+        self.num_labels = cast(int, config.num_labels)
+        self.had = HADModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
+        """Logits (B, labels) of the mean feature of all that is not padding."""
+        feat_BSE = self.had(input_ids, attention_mask).last_hidden_state
+        if attention_mask is None:
+            mean_BE = feat_BSE.mean(dim=1)
+        else:
+            seen_BS1 = _or_all(attention_mask.bool()).unsqueeze(-1).to(feat_BSE.dtype)
+            mean_BE = (feat_BSE * seen_BS1).sum(dim=1) / seen_BS1.sum(dim=1)
+        logits_BL = self.classifier(self.dropout(mean_BE))
+        loss = None if labels is None else self._loss(logits_BL, labels.to(logits_BL.device))
+        if return_dict is False:
+            return (logits_BL,) if loss is None else (loss, logits_BL)
+        return SequenceClassifierOutput(loss=loss, logits=logits_BL)
+
+    def _loss(self, logits_BL: Tensor, labels: Tensor) -> Tensor:
+        if self.config.problem_type is None:
+            if self.num_labels == 1:
+                self.config.problem_type = "regression"
+            elif labels.dtype in (torch.int64, torch.int32):
+                self.config.problem_type = "single_label_classification"
+            else:
+                self.config.problem_type = "multi_label_classification"
+        logits_BL = logits_BL.float()
+        if self.config.problem_type == "regression":
+            return F.mse_loss(logits_BL, labels.float().view_as(logits_BL))
+        if self.config.problem_type == "single_label_classification":
+            return F.cross_entropy(logits_BL, labels.long().view(-1))
+        return F.binary_cross_entropy_with_logits(logits_BL, labels.float())
