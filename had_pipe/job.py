@@ -64,6 +64,7 @@ class Job:
             revision=self.teacher.revision,
             layer=self.teacher.layer,
             device=device,
+            dtype=self.teacher.dtype,
             offline=offline,
         )
 

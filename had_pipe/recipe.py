@@ -118,6 +118,9 @@ class Teacher(Section):
     """Whose output is kept: k for block k, -1 for the output of the final norm."""
     input: Literal["masked", "full"] = "masked"
     """What the teacher sees at masked groups: its mask token, or the k-mers themselves."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What its matrix products are in; "auto": bfloat16 on CUDA and on a CPU with tiles for it
+    (AMX), else float32. Norms, angles and sums stay float32; the cache records the outcome."""
     unchecked: bool = False
     """True takes a teacher that knows hidden 6-mers no better than their frequency does, or that
     cannot be asked; the cache records it."""

@@ -476,9 +476,13 @@ class MaskedLMTeacher:
         licence: str,
         layer: int,
         device: torch.device,
+        compute: torch.dtype | None = None,
     ) -> None:
-        """Raises InputError or NonFiniteError where the model does not do what a teacher must."""
-        compute = compute_dtype(device)
+        """`compute` is what matrix products are in; None: as the device is fast.
+
+        Raises InputError or NonFiniteError where the model does not do what a teacher must.
+        """
+        compute = compute_dtype(device) if compute is None else compute
         self.name = name
         self.revision = revision
         self.weights_sha256 = weights_sha256
@@ -494,6 +498,7 @@ class MaskedLMTeacher:
         self._model = model.eval().requires_grad_(False).to(device)
         self.numerics = numerics(
             device,
+            compute=compute,
             kernels=str(model.config._attn_implementation),
             transformers=transformers.__version__,
         )
@@ -532,8 +537,8 @@ class MaskedLMTeacher:
 
     def _arithmetic(self) -> torch.autocast:
         # Matrix products alone are in half precision: norms, angles and residuals stay float32.
-        on_cuda = self._device.type == "cuda"
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=on_cuda)
+        half = self._compute != torch.float32
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=half)
 
     def _tokens(
         self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_]

@@ -10,12 +10,16 @@ W windows, T tokens (`<cls>` and T - 1 k-mers where both occur), D channels, H h
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +27,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from had_pipe.dna.kmers import KMERS, K, decode_kmers
 from had_pipe.errors import InputError
@@ -34,6 +39,11 @@ from had_pipe.teachers.folder import (
     weight_files,
 )
 from had_pipe.teachers.numerics import compute_dtype, dtype_name, numerics
+
+log = logging.getLogger(__name__)
+
+_MOST_SHAPES = 64
+"""Of input that one process compiles blocks for."""
 
 MASK_TOKEN = 2
 CLS_TOKEN = 3
@@ -139,6 +149,10 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps)
 
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of every position."""
+
+
 class Block(nn.Module):
     """Pre-norm attention with rotary positions, then a gated linear unit without biases."""
 
@@ -153,9 +167,7 @@ class Block(nn.Module):
         self.up = nn.Linear(d, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, d, bias=False)
 
-    def forward(
-        self, x_WTD: Tensor, rotary: tuple[Tensor, Tensor], attend: Tensor | None
-    ) -> Tensor:
+    def forward(self, x_WTD: Tensor, rotary: Rotary, attend: Tensor | None) -> Tensor:
         windows, tokens, d = x_WTD.shape
         dtype = self.qkv.weight.dtype
         qkv = self.qkv(self.norm_attention(x_WTD).to(dtype))
@@ -199,12 +211,18 @@ class NTv2(nn.Module):
         self.head = LanguageHead(config) if head == "language" else None
 
     def forward(
-        self, token_id_WT: Tensor, *, layer: int = -1, attend_WT: Tensor | None = None
+        self,
+        token_id_WT: Tensor,
+        *,
+        layer: int = -1,
+        attend_WT: Tensor | None = None,
+        run: RunBlock | None = None,
     ) -> Tensor:
         """Features (W, T, D): the output of block `layer`, or of the final norm for -1.
 
         Blocks above `layer` are not run. `attend_WT` is False at padding, which only comparisons
-        with other implementations need: our windows have no padding.
+        with other implementations need: our windows have no padding. `run` runs a block in another
+        way, see `compiled_block`.
         """
         depth = len(self.blocks)
         assert layer == -1 or 1 <= layer <= depth
@@ -212,7 +230,7 @@ class NTv2(nn.Module):
         rotary = rotary_tables(token_id_WT.shape[1], self.config.head_dim, x_WTD.device)
         attend = None if attend_WT is None else attend_WT[:, None, None, :]
         for block in self.blocks[: depth if layer == -1 else layer]:
-            x_WTD = block(x_WTD, rotary, attend)
+            x_WTD = (run or Block.__call__)(block, x_WTD, rotary, attend)
         return self.norm(x_WTD) if layer == -1 else x_WTD
 
     def logits(self, feat: Tensor) -> Tensor:
@@ -228,19 +246,82 @@ class NTv2(nn.Module):
         return self
 
 
-def rotary_tables(tokens: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+RunBlock = Callable[[Any, Tensor, Rotary, Tensor | None], Tensor]
+"""What `Block.forward` does, by other means."""
+
+
+@lru_cache(maxsize=4)
+def rotary_tables(tokens: int, head_dim: int, device: torch.device) -> Rotary:
     """Cosines and sines (T, 1, head_dim / 2), float32: angles in half precision ruin attention."""
-    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    position = torch.arange(tokens, device=device, dtype=torch.float32)
-    angle = position[:, None, None] * 10_000.0**-exponent
-    return angle.cos(), angle.sin()
+    # Kept for later calls, of which some may want gradients.
+    with torch.inference_mode(False), torch.no_grad():
+        exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+        position = torch.arange(tokens, device=device, dtype=torch.float32)
+        angle = position[:, None, None] * 10_000.0**-exponent
+        return angle.cos(), angle.sin()
 
 
-def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn the pairs (i, i + head_dim / 2) of queries or keys (W, T, H, head_dim)."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+_FUSED = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+]
+
+
+@contextmanager
+def fused_attention(model: NTv2) -> Iterator[None]:
+    """On CUDA no attention that writes its scores out: that is slow, and wants memory for T x T."""
+    if model.embedding.weight.device.type != "cuda":
+        yield
+        return
+    # Of the published sizes' heads every one is a multiple of 8, which the kernels want.
+    more = [] if model.config.head_dim % 8 == 0 else [SDPBackend.MATH]
+    with sdpa_kernel([*_FUSED, *more]):
+        yield
+
+
+def compiled_block(model: NTv2) -> RunBlock | None:
+    """One compiled function for all blocks of a model as it stands; None where that fails here.
+
+    Norms, rotary angles, gates and residuals are fused between the matrix products. Every shape
+    of input is compiled for itself, as it comes.
+    """
+    # Seconds of importing, which nobody else needs.
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    # Kernels are chosen by rule and not by a race, so that two processes choose the same.
+    options: dict[str, Any] = {"deterministic": True} if hasattr(inductor, "deterministic") else {}
+    run: RunBlock = torch.compile(Block.forward, dynamic=False, fullgraph=True, options=options)
+    # A shape more than torch allows for would end in an error; nobody has so many.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_SHAPES)
+    weight = model.embedding.weight
+    config = model.config
+    try:
+        if dynamo.disable:
+            raise RuntimeError("TORCHDYNAMO_DISABLE is set")
+        # The smallest input tells whether there is a compiler, and what it makes runs.
+        with torch.inference_mode(), fused_attention(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            x_WTD = torch.zeros((1, 2, config.hidden_size), device=weight.device)
+            rotary = rotary_tables(2, config.head_dim, weight.device)
+            run(model.blocks[0], x_WTD, rotary, None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # every step of compiling fails in ways of its own
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log.warning(
+            "the teacher's blocks could not be compiled and run uncompiled, slower (%s)", told[:300]
+        )
+        return None
+    return run
 
 
 def _hub_parts(model: NTv2) -> dict[str, Tensor]:
@@ -466,8 +547,15 @@ class NTv2Teacher:
         licence: str,
         layer: int,
         device: torch.device,
+        compute: torch.dtype | None = None,
+        compiled: bool | None = None,
     ) -> None:
-        compute = compute_dtype(device)
+        """`compute` is what matrix products are in; None: as the device is fast.
+
+        `compiled` fuses what stands between the products; None: on CUDA alone. Where it cannot be
+        done here, the log says so, and `numerics` that it was not.
+        """
+        compute = compute_dtype(device) if compute is None else compute
         self.name = name
         self.revision = revision
         self.weights_sha256 = weights_sha256
@@ -476,16 +564,19 @@ class NTv2Teacher:
         self.channels = model.config.hidden_size
         self.context = model.config.context
         self.dtype = dtype_name(compute)
-        self.numerics = numerics(device, kernels="sdpa")
         self._device = device
         self._compute = compute
         self._model = model.eval().requires_grad_(False).to(device).compute_in(compute)
-        self._token_of_kmer = torch.from_numpy(TOKEN_OF_KMER).to(device)
+        wanted = device.type == "cuda" if compiled is None else compiled
+        self._run = compiled_block(self._model) if wanted else None
+        self.numerics = numerics(
+            device, compute=compute, kernels="sdpa" if self._run is None else "sdpa+compile"
+        )
 
     def embed(self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_]) -> Tensor:
         """Features (W, T, D) on the teacher's device, `<mask>` where `hidden_WT` is True."""
         with torch.inference_mode():
-            feat_WTD = self._features(kmer_id_WT, hidden_WT, self.layer)
+            feat_WTD = self._features(kmer_id_WT, hidden_WT, self.layer, self._run)
             return feat_WTD.to(self._compute)
 
     def masked_loss(
@@ -495,7 +586,8 @@ class NTv2Teacher:
         if self._model.head is None:
             return None
         with torch.inference_mode():
-            feat_WTD = self._features(kmer_id_WT, hidden_WT, -1)
+            # A few windows, once: not worth compiling for their shape.
+            feat_WTD = self._features(kmer_id_WT, hidden_WT, -1, None)
             hidden = torch.from_numpy(np.ascontiguousarray(hidden_WT)).to(self._device)
             token = torch.from_numpy(TOKEN_OF_KMER[kmer_id_WT[hidden_WT]]).to(self._device)
             logits = self._model.logits(feat_WTD[hidden]).float()
@@ -503,17 +595,24 @@ class NTv2Teacher:
         return nats.double().cpu().numpy()
 
     def _features(
-        self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_], layer: int
+        self,
+        kmer_id_WT: npt.NDArray[np.uint16],
+        hidden_WT: npt.NDArray[np.bool_],
+        layer: int,
+        run: RunBlock | None,
     ) -> Tensor:
         windows, kmers = kmer_id_WT.shape
         assert hidden_WT.shape == (windows, kmers)
         assert 1 <= kmers <= self.context
         assert kmer_id_WT.size == 0 or int(kmer_id_WT.max()) < KMERS
-        kmer_id = torch.from_numpy(kmer_id_WT.astype(np.int64)).to(self._device)
-        hidden = torch.from_numpy(np.ascontiguousarray(hidden_WT)).to(self._device)
-        token = self._token_of_kmer[kmer_id].masked_fill(hidden, MASK_TOKEN)
-        cls = token.new_full((windows, 1), CLS_TOKEN)
-        feat_WTD: Tensor = self._model(torch.cat((cls, token), dim=1), layer=layer)
+        token_WT = np.full((windows, 1 + kmers), CLS_TOKEN, dtype=np.int64)
+        token_WT[:, 1:] = np.where(hidden_WT, MASK_TOKEN, TOKEN_OF_KMER[kmer_id_WT])
+        token = torch.from_numpy(token_WT)
+        if self._device.type == "cuda":
+            # From pinned memory the copy waits its turn on the device, and nobody for the copy.
+            token = token.pin_memory().to(self._device, non_blocking=True)
+        with fused_attention(self._model):
+            feat_WTD: Tensor = self._model(token, layer=layer, run=run)
         return feat_WTD[:, 1:]
 
 

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import get_args
 
 import torch
 
+from had_pipe.teachers.teacher import Precision
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """What matrix products are in.
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
-    Half precision is for the tensor cores; on a CPU it is slower and less exact.
+
+def compute_dtype(device: torch.device, asked: Precision = "auto") -> torch.dtype:
+    """What matrix products are in; "auto" takes what is fast on the device.
+
+    Half precision is for tensor cores and for a CPU's tiles (AMX); on another CPU it is slower and
+    less exact.
     """
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    assert asked in get_args(Precision)
+    if asked == "auto":
+        tiles = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if tiles else torch.float32
+    return torch.bfloat16 if asked == "bfloat16" else torch.float32
 
 
-def numerics(device: torch.device, *, kernels: str, **more: str) -> Mapping[str, str | int]:
+def numerics(
+    device: torch.device, *, compute: torch.dtype, kernels: str, **more: str
+) -> Mapping[str, str | int]:
     """The class as plain data; `more` names other libraries that compute."""
     return {
         "torch": torch.__version__.split("+")[0],
         **more,
         "kernels": kernels,
-        "dtype": dtype_name(compute_dtype(device)),
+        "dtype": dtype_name(compute),
         **_machine(device),
     }
 
@@ -34,8 +50,52 @@ def _machine(device: torch.device) -> dict[str, str | int]:
     """What of a device decides the last bits of its sums."""
     if device.type == "cuda":
         return {"device": f"cuda:{torch.cuda.get_device_name(device)}"}
+    # By it MKL is told to sum in one order, whatever the machine, its threads and the batch.
+    mkl = os.environ.get("MKL_CBWR")
     return {
         "device": device.type,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        **({"mkl": mkl} if mkl else {}),
     }
+
+
+def fit_threads() -> None:
+    """Take no more threads than this process may use processors, where nobody said how many.
+
+    In a container torch counts the machine's: with a share of them, threads wait for each other.
+    """
+    if os.environ.get("OMP_NUM_THREADS"):
+        return
+    usable = usable_processors()
+    if usable < torch.get_num_threads():
+        torch.set_num_threads(usable)
+
+
+def usable_processors(*, cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int:
+    """Processors that this process may use at once, by its affinity and its cgroup's quota."""
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        count = len(os.sched_getaffinity(0))
+    for quota, period in _quotas(cgroups, own):
+        count = min(count, math.ceil(quota / period))
+    return max(1, count)
+
+
+def _quotas(cgroups: Path, own: Path) -> Iterator[tuple[int, int]]:
+    """Microseconds of processor time a period, of this process's cgroup and of those above it."""
+    try:
+        # One line of version 2, "0::/path"; in a container the path may be the host's.
+        paths = [line[3:] for line in own.read_text().splitlines() if line.startswith("0::")]
+    except OSError:  # not Linux
+        return
+    for path in paths:
+        here = cgroups / path.lstrip("/")
+        for folder in (here, *here.parents):
+            if folder.is_relative_to(cgroups):
+                try:
+                    quota, period = (folder / "cpu.max").read_text().split()
+                except OSError:  # the root has none
+                    continue
+                if quota != "max":
+                    yield int(quota), int(period)

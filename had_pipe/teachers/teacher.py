@@ -11,7 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    TypedDict,
+    cast,
+    get_args,
+    runtime_checkable,
+)
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +29,9 @@ from had_pipe.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
     import torch
+
+Precision = Literal["auto", "float32", "bfloat16"]
+"""What matrix products are in; "auto": as the device is fast."""
 
 
 class Teacher(Protocol):
@@ -98,19 +110,26 @@ def load_teacher(
     revision: str | None,
     layer: int,
     device: str = "auto",
+    dtype: str = "auto",
     offline: bool = False,
 ) -> Teacher:
     """The teacher in a folder, or of a hub name at a pinned commit.
 
     An NT-v2 runs on our own code, any other masked language model on transformers' own classes.
-    `device` is "auto" (CUDA where there is some), "cpu", "cuda" or "cuda:N". On CUDA matrix
-    products are in bfloat16, on the CPU in float32. `offline` takes a hub name from the local hub
-    cache alone.
+    `device` is "auto" (CUDA where there is some), "cpu", "cuda" or "cuda:N". `dtype` says what
+    matrix products are in: "float32", "bfloat16" or "auto", which is bfloat16 on CUDA and on a CPU
+    with tiles for it (AMX), else float32. `offline` takes a hub name from the local hub cache
+    alone. Where nobody set OMP_NUM_THREADS, torch is held to the processors it may use.
     """
     from had_pipe.teachers.folder import read_config_file
     from had_pipe.teachers.hub import HUB_NAME, snapshot
     from had_pipe.teachers.ntv2 import NTv2Teacher, is_ntv2, load_checkpoint, read_config
+    from had_pipe.teachers.numerics import compute_dtype, fit_threads
 
+    if dtype not in get_args(Precision):
+        raise RecipeError(
+            f"[teacher] dtype = {dtype!r}: expected {', '.join(get_args(Precision))}."
+        )
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -127,11 +146,14 @@ def load_teacher(
             f"[teacher] name: {name!r} is neither a folder that exists nor a hub name of the form "
             "'organisation/model'; mend the path or the name."
         )
+    on = _device(device)
+    compute = compute_dtype(on, cast(Precision, dtype))
+    fit_threads()
     if is_ntv2(read_config_file(folder)):
         _check_layer(shown, layer, read_config(folder).num_hidden_layers)
         ours = load_checkpoint(folder, head="stored")
         return NTv2Teacher(
-            ours, **_identity(shown, revision, folder, layer), device=_device(device)
+            ours, **_identity(shown, revision, folder, layer), device=on, compute=compute
         )
     from had_pipe.teachers.masked_lm import MaskedLMTeacher, load_model, read_shape
 
@@ -143,7 +165,8 @@ def load_teacher(
         shape,
         has_head=has_head,
         **_identity(shown, revision, folder, layer),
-        device=_device(device),
+        device=on,
+        compute=compute,
     )
 
 
