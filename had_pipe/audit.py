@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from had_pipe.batches import embed_batch, enough_memory, fit_batch, to_numpy
 from had_pipe.cache import Block, Cache, Part, Plan, integrity
 from had_pipe.cache.codec import STD_FLOOR
 from had_pipe.cache.reader import GroupLocus
 from had_pipe.draws import Purpose, permutation
 from had_pipe.errors import CacheMismatch, RecipeError
-from had_pipe.parts import batch_windows, differences, embed_batch, to_numpy
+from had_pipe.parts import batch_of, differences
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe
 from had_pipe.teachers.teacher import Teacher, load_teacher
@@ -138,11 +139,13 @@ def audit(
     if isinstance(teacher, Recipe | str):
         teacher = _load(teacher, plan, device, offline)
     _check_teacher(path, plan, teacher)
-    batch = batch_windows(teacher, kmers=plan.windows.kmers, part=plan.part)
-    here = {**teacher.numerics, "batch": batch}
     stated = integrity.numerics_class(path, plan)
     assert stated is not None
     there = {key: value for key, value in stated.items() if key != "recoded"}
+    batch = batch_of(there, teacher, part=plan.part)
+    if batch is None:  # of another class, so that no batch gives its very bits
+        batch = fit_batch(teacher, kmers=plan.windows.kmers, part=plan.part)
+    here = {**teacher.numerics, "batch": batch}
     # What was lost on the way cannot be made again.
     by_way_of = plan.source.codec if plan.source is not None else "exact"
     one_class = here == there and by_way_of == "exact"
@@ -357,15 +360,16 @@ class _Again:
     def _embedded(self, block: Block) -> npt.NDArray[np.float32]:
         """What the teacher says of a block's windows."""
         plan = self._cache.plan
-        embedding = embed_batch(
-            self._teacher,
-            block.kmer_id,
-            block.mask,
-            block.reversed,
-            store=plan.windows.store,
-            shown=plan.teacher.input,
-            batch=self._batch,
-        )
+        with enough_memory(f"auditing in batches of {self._batch} windows"):
+            embedding = embed_batch(
+                self._teacher,
+                block.kmer_id,
+                block.mask,
+                block.reversed,
+                store=plan.windows.store,
+                shown=plan.teacher.input,
+                batch=self._batch,
+            )
         x: npt.NDArray[np.float32] = to_numpy(embedding).astype(np.float32)
         return x
 

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from had_pipe import corpus
+from had_pipe.batches import embed_batch, enough_memory, not_finite, to_numpy
 from had_pipe.cache import Cache, Part, Plan, Statistics, integrity, layout, writer
 from had_pipe.cache.codec import calibrate, sample_groups
 from had_pipe.cache.layout import Receipt
@@ -45,23 +46,14 @@ from had_pipe.job import (
     describe,
     given_statistics,
 )
-from had_pipe.parts import (
-    PartMaker,
-    batch_windows,
-    embed_batch,
-    lease_of,
-    lock_of,
-    not_finite,
-    to_numpy,
-    waiting,
-)
+from had_pipe.parts import PartMaker, batch_to_plan_with, lease_of, lock_of, waiting
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe
 from had_pipe.teachers.teacher import Teacher
 
 _LOOK_SECONDS = 0.5  # between two looks at parts that others are making
 _LISTING_SECONDS = 5.0  # between two listings of all receipts, to tell how far everybody is
-_WAITING = 2
+_WAITING = 3
 """Parts embedded and not yet committed, before another is begun: memory, and what a kill costs."""
 
 
@@ -207,7 +199,10 @@ def _make_plan(
     elif like is None:
         check_knowledge(teacher, splits[split].kmer_id, splits[split].mask[0], report)
     # Rows are in random order, so the first ones are a random sample.
-    sample = _sample(asked, teacher, splits[split], given is not None, report)
+    batch = batch_to_plan_with(
+        asked.path, like, teacher, kmers=asked.windows.kmers, part=asked.cache.part
+    )
+    sample = _sample(asked, teacher, splits[split], batch, given is not None, report)
     found = calibrate(asked.cache.codec, cast(Any, teacher.dtype), sample, given=given)
     return writer.create(
         path,
@@ -220,25 +215,30 @@ def _make_plan(
 
 
 def _sample(
-    asked: Job, teacher: Teacher, data: writer.SplitData, given: bool, report: Reporter
+    asked: Job,
+    teacher: Teacher,
+    data: writer.SplitData,
+    batch: int,
+    given: bool,
+    report: Reporter,
 ) -> npt.NDArray[np.float32]:
     """Embeddings (W, G, D) of the first rows of a split, for calibration and fidelity."""
     groups = sample_groups(asked.cache.codec, given=given)
     windows = min(len(data.kmer_id), -(-groups // asked.windows.stored))
-    batch = batch_windows(teacher, kmers=asked.windows.kmers, part=asked.cache.part)
     begun, sample = time.monotonic(), []
     for first in range(0, windows, batch):
         some = slice(first, min(first + batch, windows))
-        embedding = embed_batch(
-            teacher,
-            data.kmer_id[some],
-            data.mask[0][some],
-            data.reversed[0][some],
-            store=asked.windows.store,
-            shown=asked.teacher.input,
-            batch=batch,
-        )
-        bad = not_finite(embedding)
+        with enough_memory(f"calibrating in batches of {batch} windows"):
+            embedding = embed_batch(
+                teacher,
+                data.kmer_id[some],
+                data.mask[0][some],
+                data.reversed[0][some],
+                store=asked.windows.store,
+                shown=asked.teacher.input,
+                batch=batch,
+            )
+            bad = not_finite(embedding)
         if bad is not None:
             table, row = data.table, first + bad
             raise NonFiniteError(

@@ -4,15 +4,16 @@ A part needs the cache and the teacher, nothing else: what to embed was planned.
 make, and who else is at it, is the caller's to know; a lease passed in is given back with the
 commit.
 
-W windows of a batch, T k-mers per window, G stored groups, D channels.
+B windows of a batch.
 """
 
 from __future__ import annotations
 
+import enum
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,20 +21,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from had_pipe.batches import (
+    Arrival,
+    SideStream,
+    embed_batch,
+    finite_windows,
+    first_without,
+    fit_batch,
+    halved,
+    in_short,
+    like,
+    out_of_memory,
+    side_stream,
+    to_numpy,
+)
 from had_pipe.cache import Cache, Part, Plan, integrity, layout, writer
 from had_pipe.cache.layout import Receipt
-from had_pipe.dna.kmers import reverse_complement
 from had_pipe.durable import storage, sync_folder, write_file
-from had_pipe.errors import CacheMismatch, NonFiniteError
+from had_pipe.errors import CacheError, CacheMismatch, NonFiniteError, StorageError
 from had_pipe.hold import Lease
 from had_pipe.teachers.teacher import Teacher
 
-# A batch is large enough to keep the device busy and small enough for its memory.
-_WINDOWS_ON_CPU = 16
-_KMERS_ON_CUDA = 1 << 15
+_WRITERS = 3
+"""Hashing is what takes the time, and a part is hashed in one go: two parts, two cores, and a third
+part that waits for its disk."""
 
 _WAITING_BATCHES = 4  # of a part, embedded and not yet written
 _LOOK_SECONDS = 0.2
@@ -41,12 +52,8 @@ _LOOK_SECONDS = 0.2
 _NUMERICS = "numerics.json"
 _THREADS = " (OMP_NUM_THREADS sets the threads; Dask's own workers want MKL_NUM_THREADS as well)"
 
-
-def batch_windows(teacher: Teacher, *, kmers: int, part: int) -> int:
-    """Windows the teacher sees at once: one number for the whole cache."""
-    on_cuda = str(teacher.numerics.get("device", "")).startswith("cuda")
-    limit = _KMERS_ON_CUDA // kmers if on_cuda else _WINDOWS_ON_CPU
-    return max(1, min(limit, part))
+Numerics = Mapping[str, str | int]
+"""A class of arithmetic: the teacher's, and the batch that it is shown windows in."""
 
 
 def lease_of(cache: Path, part: Part) -> Lease:
@@ -61,39 +68,57 @@ def lock_of(cache: Path, what: str) -> Lease:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Some windows of a part as they are stored: one array (B, ...) per signal."""
+    """Some windows of a part on their way to the host."""
 
-    stored: list[npt.NDArray[Any]]
+    first: int
+    """Row of the first, in the part."""
+    windows: int
     last: bool
     """Whether the part is whole with it."""
+    arrival: Arrival
+    """Of which windows are finite (B), then one array (B, ...) per signal, as it is stored."""
 
 
-_Batches = queue.Queue[_Batch | None]
-"""Batches of one part on their way to the disk; None: the rest will not come."""
+class _End(enum.Enum):
+    """Why no more batches of a part come."""
+
+    STOPPED = enum.auto()
+    AGAIN = enum.auto()
+    """They come once more, all of them, and whoever holds the part goes on holding it."""
+
+
+_Batches = queue.Queue[_Batch | _End]
+"""Batches of one part on their way to the disk."""
 
 
 class PartMaker:
     """Embeds parts of one cache and commits them, the writing hidden behind the next forward pass.
 
     A context: leaving it commits what was embedded whole, and discards the rest. Threads may share
-    it: one embeds at a time, the others' parts are written meanwhile.
+    it: one embeds at a time, the others' parts are written meanwhile. On a GPU the thread that
+    embeds only hands out work: what comes of a batch travels beside the next ones, and whoever
+    writes it waits for it.
     """
 
-    def __init__(self, cache: Path, teacher: Teacher, *, threads: int = 2) -> None:
-        """Raises CacheMismatch where teacher or class of arithmetic are not the cache's."""
+    def __init__(self, cache: Path, teacher: Teacher, *, threads: int = _WRITERS) -> None:
+        """Raises CacheMismatch where teacher or class of arithmetic are not the cache's, and
+        StorageError where the teacher's device has too little memory."""
         self._cache = Cache.open(cache, incomplete=True)
         with storage(cache):
             sync_folder(cache)  # whoever just renamed the plan may not have come to it
         self.plan = self._cache.plan
         check_teacher_of(cache, self.plan, teacher)
         self._teacher = teacher
-        self._batch = batch_windows(teacher, kmers=self.plan.windows.kmers, part=self.plan.part)
-        self.numerics = {**teacher.numerics, "batch": self._batch}
+        self.numerics = _settled_numerics(cache, self.plan, teacher)
         """The class of arithmetic that the receipts state."""
-        _settle_numerics(cache, self.plan, self.numerics)
+        self._bound = False
+        """Whether nobody can change that any more."""
         self._embedding = threading.Lock()
+        self._begun: set[Part] = set()
+        self._leases: set[str] = set()
+        """Names of those that were handed in, embedding or waiting for it."""
         self._statistics: tuple[Any, Any] | None = None
-        # Hashing is what takes the time, and a part is hashed in one go: two parts, two cores.
+        self._side: SideStream | None = None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="had-pipe writer")
 
     def __enter__(self) -> PartMaker:
@@ -112,33 +137,93 @@ class PartMaker:
     ) -> Future[Receipt | None]:
         """Embed a part now; its receipt once it is committed, None where the lease was lost.
 
-        `tick` is told the windows of every batch. Raises NonFiniteError, and whatever stopped an
-        earlier batch of this part from being written.
+        `tick` is told the windows of every batch, and takes them back where the part begins again,
+        in smaller batches. Raises whatever stopped an earlier batch of this part from being
+        written, CacheMismatch as the constructor, and StorageError where the device runs out of
+        memory; NonFiniteError comes from here or with the result.
         """
-        batches: _Batches = queue.Queue(_WAITING_BATCHES)
+        if lease is not None:
+            self._leases.add(lease.path.name)
         with self._embedding:
-            written: Future[Receipt | None] | None = None
+            while (written := self._embedded(part, lease, tick)) is None:
+                pass
+            return written
+
+    def _embedded(
+        self, part: Part, lease: Lease | None, tick: Callable[[int], None]
+    ) -> Future[Receipt | None] | None:
+        """None where it is to be done again, in batches that fit."""
+        batches: _Batches = queue.Queue(_WAITING_BATCHES)
+        written: Future[Receipt | None] | None = None
+        told = 0
+        try:
+            self._bind()
+            self._begun.add(part)
+            written = self._pool.submit(self._write, part, lease, batches)
+            for batch in self._stored(part):
+                if not _put(batches, batch, written):
+                    break  # what ended its writer comes with the result
+                told += batch.windows
+                tick(batch.windows)
+        except BaseException as error:
+            end = _End.STOPPED
             try:
-                written = self._pool.submit(self._write, part, lease, batches)
-                for batch in self._stored(part):
-                    if not _put(batches, batch, written):
-                        break  # what ended its writer comes with the result
-                    tick(len(batch.stored[0]))
-            except BaseException:
+                if written is not None and out_of_memory(error) and self._halve():
+                    end = _End.AGAIN
+            finally:
                 if written is None:  # a signal came while the writer's thread was being started
-                    batches.put_nowait(None)
+                    batches.put_nowait(end)
                     if lease is not None:
                         lease.release()
                 else:
-                    _put(batches, None, written)
-                raise
+                    _put(batches, end, written)
+            if end is _End.AGAIN:
+                assert written is not None
+                written.result()
+                tick(-told)
+                return None
+            if out_of_memory(error):
+                raise StorageError(self._too_much(part, error)) from error
+            raise
         return written
+
+    def _bind(self) -> None:
+        """Once, a part's lease in hand, which keeps all others from changing the class."""
+        if not self._bound:
+            self.numerics = _settled_numerics(self._cache.path, self.plan, self._teacher)
+            self._bound = True
+
+    @property
+    def _batch(self) -> int:
+        return int(self.numerics["batch"])
+
+    def _halve(self) -> bool:
+        """Go on in half the batch, if nothing was made in whole ones and nobody is about to."""
+        if len(self._begun) > 1 or self._batch == 1:
+            return False
+        cache = self._cache.path
+        with waiting(lock_of(cache, "plan")):
+            if integrity.numerics_class(cache, self.plan) or _at_work(cache, but=self._leases):
+                return False
+            smaller = {**self.numerics, "batch": halved(self._batch, self.plan.part)}
+            _note_numerics(cache, smaller)
+            self.numerics = smaller
+        return True
+
+    def _too_much(self, part: Part, error: BaseException) -> str:
+        return (
+            f"{self._cache.path}: the device ran out of memory at {part}, in batches of "
+            f"{self._batch} windows ({in_short(error)}). Everything committed so far is intact. "
+            "The batch stays as it is, since parts are made or being made in it: end what else "
+            "runs on the device, then run the same command again, there or on a device of the "
+            "same kind with more room"
+        )
 
     def _stored(self, part: Part) -> Iterator[_Batch]:
         cache, plan = self._cache, self.plan
         kmer_id, mask, reverse = cache.seen(part)
-        for start in range(0, len(kmer_id), self._batch):
-            some = slice(start, start + self._batch)
+        for first in range(0, len(kmer_id), self._batch):
+            some = slice(first, first + self._batch)
             embedding = embed_batch(
                 self._teacher,
                 kmer_id[some],
@@ -149,18 +234,28 @@ class PartMaker:
                 batch=self._batch,
             )
             if self._statistics is None:
-                self._statistics = _like(cache.mean, embedding), _like(cache.std, embedding)
-            bad = not_finite(embedding)
-            if bad is not None:
-                _refuse_window(cache, part, part.number * plan.part + start + bad)
-            stored = cache.codec.encode(embedding, *self._statistics)
+                self._statistics = like(cache.mean, embedding), like(cache.std, embedding)
+                self._side = side_stream(embedding)
+            finite = finite_windows(embedding)
+            if self._side is None:
+                self._check_finite(part, first, to_numpy(finite))
+            value, scale = cache.codec.encode(embedding, *self._statistics)
+            arrays = [finite, value] if scale is None else [finite, value, scale]
             yield _Batch(
-                [to_numpy(array) for array in stored if array is not None],
-                last=start + self._batch >= len(kmer_id),
+                first=first,
+                windows=len(kmer_id[some]),
+                last=first + self._batch >= len(kmer_id),
+                arrival=_arrived(arrays) if self._side is None else self._side.send(arrays),
             )
+
+    def _check_finite(self, part: Part, first: int, finite: Any) -> None:
+        bad = first_without(finite)
+        if bad is not None:
+            _refuse_window(self._cache, part, part.number * self.plan.part + first + bad)
 
     def _write(self, part: Part, lease: Lease | None, batches: _Batches) -> Receipt | None:
         cache = self._cache.path
+        again = False
         try:
             if lease is not None:
                 writer.clear_temporaries(cache, part)
@@ -168,9 +263,12 @@ class PartMaker:
                 whole = False
                 while not whole:
                     batch = batches.get()
-                    if batch is None:
+                    if isinstance(batch, _End):
+                        again = batch is _End.AGAIN
                         return None
-                    out.append(*batch.stored)
+                    finite, *stored = batch.arrival()
+                    self._check_finite(part, batch.first, finite)
+                    out.append(*stored)
                     whole = batch.last
                 out.sync()
                 # Whoever slept so long that others took over must not touch what they committed.
@@ -182,11 +280,17 @@ class PartMaker:
                 return None
             raise
         finally:
-            if lease is not None:
+            if lease is not None and not again:
                 lease.release()
 
 
-def _put(batches: _Batches, item: _Batch | None, written: Future[Receipt | None]) -> bool:
+def _arrived(arrays: list[Any]) -> Arrival:
+    """What is on the host already."""
+    here = [to_numpy(array) for array in arrays]
+    return lambda: here
+
+
+def _put(batches: _Batches, item: _Batch | _End, written: Future[Receipt | None]) -> bool:
     """Hand on a batch, unless its writer has ended."""
     while not written.done():
         try:
@@ -197,52 +301,6 @@ def _put(batches: _Batches, item: _Batch | None, written: Future[Receipt | None]
     return False
 
 
-def embed_batch(
-    teacher: Teacher,
-    kmer_id_WT: npt.NDArray[np.uint16],
-    mask_WT: npt.NDArray[np.bool_],
-    reversed_W: npt.NDArray[np.bool_],
-    *,
-    store: str,
-    shown: str,
-    batch: int,
-) -> Any:
-    """Embeddings of the stored groups (W, G, D), on the teacher's device.
-
-    `store` and `shown` are the plan's `windows.store` and `teacher.input`. A short batch is filled
-    up with its last window, so that the teacher sees one shape only: on a GPU another shape may
-    mean another kernel and other bits.
-    """
-    kept = stored_groups(store, mask_WT)
-    seen = np.where(reversed_W[:, None], reverse_complement(kmer_id_WT), kmer_id_WT)
-    hidden = mask_WT if shown == "masked" else np.zeros_like(mask_WT)
-    windows = len(seen)
-    fill = np.minimum(np.arange(batch), windows - 1)
-    embedding = teacher.embed(seen[fill], hidden[fill])
-    rows = np.arange(windows)[:, None]
-    if isinstance(embedding, np.ndarray):
-        return embedding[rows, kept]
-    import torch
-
-    device = embedding.device
-    return embedding[torch.from_numpy(rows).to(device), torch.from_numpy(kept).to(device)]
-
-
-def stored_groups(store: str, mask_WT: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Which groups of each window are stored, (W, G)."""
-    kept = {"visible": ~mask_WT, "masked": mask_WT, "all": np.ones_like(mask_WT)}[store]
-    return np.nonzero(kept)[1].reshape(len(mask_WT), -1)
-
-
-def not_finite(embedding: Any) -> int | None:
-    """The first window with NaN or infinity, or None."""
-    if isinstance(embedding, np.ndarray):
-        good = np.isfinite(embedding).all(axis=(1, 2))
-    else:
-        good = embedding.isfinite().flatten(1).all(1).cpu().numpy()
-    return None if good.all() else int(np.argmin(good))
-
-
 def _refuse_window(cache: Cache, part: Part, row: int) -> None:
     locus = cache.locus(part.split, row)
     end = locus.start + cache.plan.windows.bases
@@ -251,25 +309,6 @@ def _refuse_window(cache: Cache, part: Part, row: int) -> None:
         f"(0-based, half-open), window {row} of {part.split}, view {part.view}. Parts before it "
         "are kept; look at the teacher's weights, layer and arithmetic"
     )
-
-
-def _like(array: npt.NDArray[np.float32], embedding: Any) -> Any:
-    """float32 values in the array library and on the device of `embedding`."""
-    if isinstance(embedding, np.ndarray):
-        return array
-    import torch
-
-    return torch.from_numpy(array.copy()).to(embedding.device)
-
-
-def to_numpy(array: Any) -> npt.NDArray[Any]:
-    """An array or tensor on the host; bfloat16, which NumPy lacks, as float32."""
-    if isinstance(array, np.ndarray):
-        return array
-    if str(array.dtype) == "torch.bfloat16":
-        array = array.float()
-    host: npt.NDArray[Any] = array.cpu().numpy()
-    return host
 
 
 # One teacher, one class of arithmetic
@@ -300,34 +339,74 @@ def check_teacher_of(cache: Path, plan: Plan, teacher: Teacher) -> None:
         )
 
 
-def _settle_numerics(cache: Path, plan: Plan, numerics: Mapping[str, str | int]) -> None:
-    """Be of the cache's class of arithmetic, or the first to set it."""
+def batch_of(found: Numerics, teacher: Teacher, *, part: int) -> int | None:
+    """The batch of a class of arithmetic; None where that is not this teacher's class."""
+    batch = found.get("batch")
+    one_class = {**teacher.numerics, "batch": batch} == dict(found)
+    return batch if one_class and isinstance(batch, int) and 1 <= batch <= part else None
+
+
+def batch_to_plan_with(
+    cache: Path, like: Plan | None, teacher: Teacher, *, kmers: int, part: int
+) -> int:
+    """The batch to calibrate in, for whoever holds the lease on planning.
+
+    That of the parts of a plan which is made once more; else as many windows as fit, noted.
+    """
+    found: Numerics | None = None
+    if like is None:
+        found = _noted_numerics(cache, teacher, kmers=kmers, part=part)
+    else:
+        with suppress(CacheError):  # it is planned again because something is damaged
+            found = integrity.numerics_class(cache, like)
+    batch = None if found is None else batch_of(found, teacher, part=part)
+    return fit_batch(teacher, kmers=kmers, part=part) if batch is None else batch
+
+
+def _settled_numerics(cache: Path, plan: Plan, teacher: Teacher) -> Numerics:
+    """The cache's class of arithmetic, its batch taken over; this teacher's where it has none."""
+    kmers, part = plan.windows.kmers, plan.part
     found = integrity.numerics_class(cache, plan)
     while found is None:
         # Whoever had to wait may find parts, or all of them, and `.work/` swept away.
         with waiting(lock_of(cache, "plan")), suppress(FileNotFoundError):
-            found = integrity.numerics_class(cache, plan) or _noted_numerics(cache, numerics)
-    if said := differences(found, numerics):
+            found = integrity.numerics_class(cache, plan) or _noted_numerics(
+                cache, teacher, kmers=kmers, part=part
+            )
+    if batch_of(found, teacher, part=part) is None:
+        here = {**teacher.numerics, "batch": found.get("batch")}
+        said = differences(found, here) or f"batch: there {here['batch']!r}, here 1 to {part}"
         raise CacheMismatch(
             f"{cache}: its parts are made by another class of arithmetic ({said}); one cache holds "
             "one class only: continue where it was begun, or start again at another path"
             + (_THREADS if "threads" in said else "")
         )
+    return found
 
 
-def _noted_numerics(cache: Path, numerics: Mapping[str, str | int]) -> Mapping[str, str | int]:
-    """The class that those at work have noted, or else this one, noted."""
+def _noted_numerics(cache: Path, teacher: Teacher, *, kmers: int, part: int) -> Numerics:
+    """The class that was noted before there were parts, or else this teacher's, noted."""
     note = cache / layout.WORK / _NUMERICS
-    if note.is_file() and _at_work(cache):  # it may have gone before it made anything
-        noted: Mapping[str, str | int] = json.loads(layout.read_small(note))
-        return noted
-    write_file(note, layout.canonical_json(dict(numerics)), aside=note.parent)
+    if note.is_file():
+        noted: Numerics = json.loads(layout.read_small(note))
+        # Those of another class may have gone before they made anything.
+        if batch_of(noted, teacher, part=part) is not None or _at_work(cache):
+            return noted
+    numerics = {**teacher.numerics, "batch": fit_batch(teacher, kmers=kmers, part=part)}
+    _note_numerics(cache, numerics)
     return numerics
 
 
-def _at_work(cache: Path) -> bool:
-    """Whether somebody holds a part."""
+def _note_numerics(cache: Path, numerics: Numerics) -> None:
+    note = cache / layout.WORK / _NUMERICS
+    write_file(note, layout.canonical_json(dict(numerics)), aside=note.parent)
+
+
+def _at_work(cache: Path, *, but: Collection[str] = ()) -> bool:
+    """Whether somebody holds a part, `but` for leases of these names."""
     for path in (cache / layout.WORK / "leases").glob("*.lock"):
+        if path.name in but:
+            continue
         lease = Lease(path)
         if not lease.take():
             return True

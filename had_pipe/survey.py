@@ -20,12 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from had_pipe import corpus
+from had_pipe.batches import embed_batch, enough_memory, fit_batch, not_finite, to_numpy
 from had_pipe.cache import Part, Plan, Statistics, integrity, layout
 from had_pipe.cache.codec import CodecName, calibrate
 from had_pipe.cache.reader import expected_keys
 from had_pipe.dna.windows import REST
 from had_pipe.durable import free_files, free_nbytes
-from had_pipe.errors import CacheMismatch, InputError, NonFiniteError, RecipeError
+from had_pipe.errors import CacheError, CacheMismatch, InputError, NonFiniteError, RecipeError
 from had_pipe.extract import check_free_for_us
 from had_pipe.job import (
     Job,
@@ -36,7 +37,7 @@ from had_pipe.job import (
     described_teacher,
     given_statistics,
 )
-from had_pipe.parts import batch_windows, embed_batch, not_finite, to_numpy
+from had_pipe.parts import batch_of
 from had_pipe.progress import Progress, Reporter, silent
 from had_pipe.recipe import Recipe
 from had_pipe.teachers.knowledge import Knowledge, windows_of_use
@@ -104,6 +105,7 @@ class Survey:
     windows_per_second: float
     """Of the teacher alone, from a probe on this device."""
     batch: int
+    """Windows shown to the teacher at once: those of a cache already begun, or as many as fit."""
     seconds: float
     licence: str
     licence_implies: str
@@ -141,13 +143,15 @@ def survey(
             plans[codec] = _outline(asked, references, coverage, teacher, codec)
     views = {name: len(split.views) for name, split in plan.splits.items()}
     windows = sum(count * views[name] for name, count in coverage.windows.items())
-    batch = batch_windows(teacher, kmers=asked.windows.kmers, part=asked.cache.part)
+    state, left = _state(asked, references, teacher, given)
+    batch = _batch_there(asked.path, teacher) if left is not None else None
+    if batch is None:
+        batch = fit_batch(teacher, kmers=asked.windows.kmers, part=asked.cache.part)
     probe = _probe(asked, teacher, coverage.sample.first(2 * wanted), batch, windows, report)
     losses = _losses(probe.sample, list(plans), teacher, given, report)
     known, doubts = _asked_for_hidden(asked, teacher, coverage.sample, report)
     files = len(expected_keys(plan)) + 1  # and the manifest
     costs = {name: _cost(outline, losses.get(name)) for name, outline in plans.items()}
-    state, left = _state(asked, references, teacher, given)
     if left is None:
         needed, needed_files = costs[asked.cache.codec].nbytes, files
     else:
@@ -255,16 +259,18 @@ def _probe(
 
     def embed(first: int) -> Any:
         some = slice(first, first + batch)
-        embedding = embed_batch(
-            teacher,
-            shown.kmer_id[some],
-            shown.mask[some],
-            shown.reversed[some],
-            store=asked.windows.store,
-            shown=asked.teacher.input,
-            batch=batch,
-        )
-        if not_finite(embedding) is not None:  # asking also waits for the device
+        with enough_memory(f"probing {teacher.name} in batches of {batch} windows"):
+            embedding = embed_batch(
+                teacher,
+                shown.kmer_id[some],
+                shown.mask[some],
+                shown.reversed[some],
+                store=asked.windows.store,
+                shown=asked.teacher.input,
+                batch=batch,
+            )
+            bad = not_finite(embedding)  # asking also waits for the device
+        if bad is not None:
             raise NonFiniteError(
                 f"{teacher.name} gives NaN or infinity for windows of these genomes; look at its "
                 "weights, layer and arithmetic"
@@ -361,6 +367,15 @@ def _state(
     total = plan.part_count
     left = integrity.missing_parts(path, plan)
     return f"begun: {total - len(left):,} of {total:,} parts", left
+
+
+def _batch_there(path: Path, teacher: Teacher) -> int | None:
+    """The batch that the parts of this recipe's cache are made in, where they are of our class."""
+    plan, _ = layout.read_plan(path)
+    with suppress(CacheError):  # a receipt is damaged
+        found = integrity.numerics_class(path, plan)
+        return None if found is None else batch_of(found, teacher, part=plan.part)
+    return None
 
 
 # What it implies
