@@ -60,7 +60,7 @@ from had_pipe.distill import distill
 from had_pipe.dna.kmers import K
 from had_pipe.dna.reference import read_contigs
 from had_pipe.extract import extract
-from had_pipe.floors import Floors
+from had_pipe.floors import Floors, Seen
 from had_pipe.objectives import HADObjective
 from had_pipe.recipe import Recipe
 from had_pipe.stream import Batch, first_windows
@@ -431,10 +431,15 @@ def linear_errors(
 def floors(exact: Cache, *, held_out: int, device: str) -> dict[str, float]:
     """Errors without a student: the mean vector, and the mean vector of each k-mer."""
 
-    def seen(split: str, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def seen(split: str, count: int) -> Iterator[Seen]:
         some = first_windows([exact], split=split, windows=count, batch=TOGETHER, device=device)
         for batch in some:
-            yield batch.kmer_id, batch.mask, batch.target
+            yield Seen(
+                kmer_id_BT=batch.kmer_id,
+                aligned_BT=~batch.mask,
+                hidden_BS=batch.mask.repeat_interleave(K, dim=1),
+                target_BGD=batch.target,
+            )
 
     learnt = Floors.learn(
         seen("train", exact.rows("train")), channels=len(exact.mean), device=torch.device(device)

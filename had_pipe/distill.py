@@ -143,10 +143,13 @@ def _distill(
     require_alike(opened, space=recipe.objective.target)
     for cache in opened:
         require_split(cache, "train")
-    if opened[0].plan.windows.store == "masked":
+    wanted, stored = recipe.objective.align_on, opened[0].plan.windows.store
+    if stored not in (wanted, "all"):
+        serving = "'all'" if wanted == "all" else f"{wanted!r} or 'all'"
         raise CacheMismatch(
-            f"{opened[0].path}: windows.store = 'masked', but alignment needs the visible groups; "
-            "extract with store = 'visible' or 'all'"
+            f"{opened[0].path}: windows.store = {stored!r}, but [objective] align_on = {wanted!r} "
+            f"needs the embeddings of {wanted} groups; extract with store = {serving}, or set "
+            f"align_on = {stored!r}"
         )
     out = recipe.train.out
     make_folder(out)
@@ -221,6 +224,11 @@ class _Run:
             reconstruct=recipe.objective.reconstruct,
             decoder_heads=recipe.objective.decoder_heads,
             target=recipe.objective.target,
+            align_on=recipe.objective.align_on,
+            pool=recipe.objective.pool,
+            error=recipe.objective.error,
+            mask_tokens=recipe.objective.mask_tokens,
+            masked=plan.windows.masked,
             mean_D=mean_D if normalised else None,
             std_D=std_D if normalised else None,
         ).to(device)
@@ -505,7 +513,7 @@ class _Run:
                 caches, split, windows, batch=many, what="measuring the floors", ahead=True
             ):
                 self._signals.stop(_BEFORE)
-                yield batch.kmer_id, batch.mask, self.learner.visible_target(batch)
+                yield self.learner.seen(batch)
 
         floors = Floors.learn(
             seen(self.caches, "train", FLOOR_WINDOWS), channels=channels, device=self._device
@@ -513,6 +521,7 @@ class _Run:
         measured = floors.measure(
             seen(held_out, config.validation_split, config.validation_windows),
             unit_D=self.learner.objective.unit_D,
+            error=self.learner.objective.error,
         )
         self._signals.stop(_BEFORE)
         metrics.write("floors", **measured)
@@ -526,7 +535,7 @@ class _Run:
             if aside.exists():
                 shutil.rmtree(aside)
             aside.mkdir()
-            save_student(self.learner.student, self.learner.objective.decoder, aside)
+            save_student(self.learner.student, self.learner.objective.language_head, aside)
             (aside / "README.md").write_text(self._card(), encoding="utf-8")
         sync_tree(aside)
         publish(aside, self.out / run.STUDENT)

@@ -4,13 +4,13 @@ The mean embedding for every group; the mean embedding of each k-mer; the base f
 masked base. They are learnt from training windows and measured like the student. It does not know
 where windows come from.
 
-B windows of a batch, T k-mers, V visible groups, D channels, P visible groups of a whole batch,
-K = 4096 k-mers.
+B windows of a batch, T k-mers, S = 6T bases, G groups aligned on, D channels, P of them in a
+whole batch, K = 4096 k-mers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,18 +20,22 @@ from torch import Tensor
 
 from had_pipe.dna import kmers
 
-Seen = tuple[Tensor, Tensor, Tensor]
-"""K-mer ids (B, T) and masks (B, T) as the teacher saw them; visible groups' embeddings (B, V, D)
-in their order."""
+# The bases of each k-mer.
+_BASE_K6 = kmers.decode_kmers(np.arange(kmers.KMERS, dtype=np.uint16)[:, None]).astype(np.int64)
 
-# Bases of each k-mer: how many A, C, G, T.
-_BASES_K4 = np.stack(
-    [
-        (kmers.decode_kmers(np.arange(kmers.KMERS, dtype=np.uint16)[:, None]) == base).sum(1)
-        for base in range(4)
-    ],
-    axis=1,
-).astype(np.float64)
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """A batch as a student is asked about it."""
+
+    kmer_id_BT: Tensor
+    """In the orientation the teacher saw, as is all of this."""
+    aligned_BT: Tensor
+    """True at groups aligned on."""
+    hidden_BS: Tensor
+    """True at bases that the student does not see."""
+    target_BGD: Tensor
+    """The embeddings of the groups aligned on, in their order."""
 
 
 @dataclass(frozen=True)
@@ -49,40 +53,52 @@ class Floors:
         table_KD = torch.zeros(kmers.KMERS, channels, dtype=torch.float64, device=device)
         count_K = torch.zeros(kmers.KMERS, dtype=torch.float64, device=device)
         every_K = torch.zeros(kmers.KMERS, dtype=torch.float64, device=device)
-        for kmer_id_BT, mask_BT, target_BVD in batches:
-            kmer_id_P = kmer_id_BT[~mask_BT]
-            table_KD.index_add_(0, kmer_id_P, target_BVD.flatten(0, 1).double())
+        for seen in batches:
+            kmer_id_P = seen.kmer_id_BT[seen.aligned_BT]
+            table_KD.index_add_(0, kmer_id_P, seen.target_BGD.flatten(0, 1).double())
             count_K += torch.bincount(kmer_id_P, minlength=kmers.KMERS)
-            every_K += torch.bincount(kmer_id_BT.flatten(), minlength=kmers.KMERS)
+            every_K += torch.bincount(seen.kmer_id_BT.flatten(), minlength=kmers.KMERS)
         mean_D = table_KD.sum(0) / count_K.sum()
         known_K1 = count_K[:, None]
         table_KD = torch.where(known_K1 > 0, table_KD / known_K1.clamp(min=1), mean_D)
-        frequency_4 = (every_K @ _bases(device)) / (every_K.sum() * kmers.K)
+        every_4 = torch.zeros(4, dtype=torch.float64, device=device)
+        every_4.index_add_(0, _bases(device).flatten(), every_K.repeat_interleave(kmers.K))
+        frequency_4 = every_4 / (every_K.sum() * kmers.K)
         return Floors(mean_D.float(), table_KD.float(), frequency_4)
 
-    def measure(self, batches: Iterable[Seen], *, unit_D: Tensor) -> dict[str, float]:
-        """Their figures on held-out windows; errors are in units of `unit_D`, cosines are not."""
+    def measure(
+        self,
+        batches: Iterable[Seen],
+        *,
+        unit_D: Tensor,
+        error: Callable[[Tensor], Tensor] = torch.square,
+    ) -> dict[str, float]:
+        """Their figures on held-out windows.
+
+        `error` is what a difference in units of `unit_D` costs; cosines are in the teacher's space.
+        """
         device = self.mean_D.device
-        base_K4 = _bases(device)
+        base_K6 = _bases(device)
         squares = torch.zeros(4, dtype=torch.float64, device=device)
         masked_4 = torch.zeros(4, dtype=torch.float64, device=device)
         groups = windows = 0
-        for kmer_id_BT, mask_BT, target_BVD in batches:
-            kmer_id_P, target_PD = kmer_id_BT[~mask_BT], target_BVD.flatten(0, 1)
+        for seen in batches:
+            kmer_id_P = seen.kmer_id_BT[seen.aligned_BT]
+            target_PD = seen.target_BGD.flatten(0, 1)
             squares += torch.stack(
                 [
                     figure
                     for guess_PD in (self.mean_D.expand_as(target_PD), self.table_KD[kmer_id_P])
                     for figure in (
-                        ((guess_PD - target_PD) / unit_D).square().mean(1).double().sum(),
+                        error((guess_PD - target_PD) / unit_D).mean(1).double().sum(),
                         F.cosine_similarity(guess_PD, target_PD, dim=1).double().sum(),
                     )
                 ]
             )
-            hidden_K = torch.bincount(kmer_id_BT[mask_BT], minlength=kmers.KMERS)
-            masked_4 += hidden_K.double() @ base_K4
+            base_BS = base_K6[seen.kmer_id_BT].flatten(1)
+            masked_4 += torch.bincount(base_BS[seen.hidden_BS], minlength=4)
             groups += len(kmer_id_P)
-            windows += len(kmer_id_BT)
+            windows += len(base_BS)
         names = ("mean_align", "mean_cosine", "kmer_align", "kmer_cosine")
         commonest = int(self.frequency_4.argmax())
         surprise_4 = -self.frequency_4.clamp(min=1e-12).log()
@@ -95,4 +111,4 @@ class Floors:
 
 
 def _bases(device: torch.device) -> Tensor:
-    return torch.from_numpy(_BASES_K4).to(device)
+    return torch.from_numpy(_BASE_K6).to(device)

@@ -2,7 +2,8 @@
 
 It takes batches one by one and knows neither where they come from nor where its state is kept.
 
-B windows of a batch, V visible groups, D teacher channels, S = 6T bases of T k-mers, E width.
+B windows of a batch, T k-mers, V visible groups, G groups aligned on, D teacher channels, S = 6T
+bases, E width.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from had_pipe import checkpoint
+from had_pipe.dna import kmers
+from had_pipe.floors import Seen
 from had_pipe.objectives import HADObjective, Losses
 from had_pipe.recipe import Objective, Train
 from had_pipe.stream import Batch
-from had_pipe.students import HADModel, spell
+from had_pipe.students import HADModel
 
 TERMS = ("loss", "align", "reconstruct", "accuracy", "cosine")
 
@@ -79,9 +83,10 @@ class Learner:
         visible: int,
         device: torch.device,
     ) -> None:
-        """`visible` groups of each window take part in the alignment."""
+        """`visible` groups of each window are seen by the teacher."""
         self.student, self.objective = student, objective
         self._train, self._visible, self._device = train, visible, device
+        self._weights = weights
         # A term of weight 0 is not measured.
         absent = {
             "align": weights.align,
@@ -135,13 +140,22 @@ class Learner:
         named = zip(TERMS, means, self._measured, strict=False)
         return {term: mean for term, mean, measured in named if measured}
 
-    def visible_target(self, batch: Batch) -> Tensor:
-        """The teacher's embeddings of the visible groups, (B, V, D)."""
-        if batch.target.shape[1] == self._visible:
-            return batch.target
-        # A stable sort puts the visible groups first, in order; their number is constant.
-        place_BV = batch.mask.int().argsort(dim=1, stable=True)[:, : self._visible]
-        return batch.target.take_along_dim(place_BV[..., None], dim=1)
+    def seen(self, batch: Batch) -> Seen:
+        """What the student is asked about a batch."""
+        aligned_BT = {
+            "visible": ~batch.mask,
+            "masked": batch.mask,
+            "all": torch.ones_like(batch.mask),
+        }[self._weights.align_on]
+        hidden_BS = self._hidden(batch)
+        if hidden_BS is None:
+            hidden_BS = batch.mask.repeat_interleave(kmers.K, dim=1)
+        return Seen(
+            kmer_id_BT=batch.kmer_id,
+            aligned_BT=aligned_BT,
+            hidden_BS=hidden_BS,
+            target_BGD=self._aligned_target(batch),
+        )
 
     def state(self) -> tuple[dict[str, Mapping[str, Tensor]], Any]:
         """Tensors by file, and what else the optimiser knows."""
@@ -163,11 +177,51 @@ class Learner:
             dtype=torch.bfloat16,
             enabled=self._train.precision == "bfloat16",
         ):
-            feat_BSE = self.student(spell(batch.kmer_id, batch.mask)).last_hidden_state
+            hidden_BS = self._hidden(batch)
+            base_id = self.objective.inputs(batch.kmer_id, batch.mask, hidden_BS)
             losses: Losses = self.objective(
-                feat_BSE, batch.kmer_id, batch.mask, self.visible_target(batch)
+                self.student(base_id).last_hidden_state,
+                batch.kmer_id,
+                batch.mask,
+                self._aligned_target(batch),
+                hidden_BS,
             )
         return losses
+
+    def _aligned_target(self, batch: Batch) -> Tensor:
+        """The teacher's embeddings of the groups aligned on, (B, G, D)."""
+        T, wanted = batch.mask.shape[1], self._weights.align_on
+        if wanted == "all" or batch.target.shape[1] < T:  # the cache holds these and no others
+            return batch.target
+        # A stable sort puts the visible groups first, each kind in order; their number is constant.
+        place_BT = batch.mask.int().argsort(dim=1, stable=True)
+        visible = wanted == "visible"
+        place_BG = place_BT[:, : self._visible] if visible else place_BT[:, self._visible :]
+        return batch.target.take_along_dim(place_BG[..., None], dim=1)
+
+    def _hidden(self, batch: Batch) -> Tensor | None:
+        """The bases that the student does not see, (B, S); None: those of masked groups.
+
+        They are drawn by the window's own address, so that whoever reads it hides the same ones.
+        """
+        if self._weights.masking == "group":
+            return None
+        T = batch.mask.shape[1]
+        assert sum(len(span.row) for span in batch.spans) == len(batch.mask)
+        masks = [
+            kmers.base_masks(
+                seed=self._train.seed,
+                stream=span.cache << 20 | span.view,  # a cache has 2^20 views at most
+                rows=span.row,
+                bases=kmers.K * T,
+                masked=kmers.K * (T - self._visible),
+            )
+            for span in batch.spans
+        ]
+        hidden_BS = torch.from_numpy(np.concatenate(masks))
+        if self._device.type != "cuda":
+            return hidden_BS
+        return hidden_BS.pin_memory().to(self._device, non_blocking=True)
 
 
 def _terms(losses: Losses) -> list[Tensor]:

@@ -615,7 +615,7 @@ def test_stored_masked_groups_are_left_out_of_the_alignment(tmp_path: Path) -> N
 
 def test_a_cache_of_masked_groups_is_refused(tmp_path: Path) -> None:
     path = build_cache(tmp_path / "cache", windows=32, store="masked")
-    with pytest.raises(CacheMismatch, match="alignment needs the visible groups"):
+    with pytest.raises(CacheMismatch, match="needs the embeddings of visible groups"):
         distill(a_recipe(path, tmp_path / "run"))
 
 
