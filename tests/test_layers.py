@@ -34,13 +34,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "floors": {"dna"},
     "run": {"errors", "durable"},
     "card": {"cache", "run"},
-    "report": {"sizes", "durable", "run"},
+    "page": {"durable"},
+    "verdicts": {"run"},
+    "features": {"errors", "progress", "dna", "cache", "stream", "students", "run"},
+    "portrait": {"page", "verdicts", "features"},
+    "report": {"sizes", "run", "page", "verdicts", "features", "portrait"},
+    "compare": {"errors", "run", "page", "verdicts"},
     "job": {"errors", "progress", "dna", "recipe", "cache", "corpus", "teachers"},
-    "parts": {"errors", "durable", "hold", "dna", "cache", "teachers"},
-    "audit": {"errors", "progress", "draws", "recipe", "cache", "teachers", "parts"},
+    "batches": {"errors", "dna", "teachers"},
+    "parts": {"errors", "durable", "hold", "cache", "teachers", "batches"},
+    "audit": {"errors", "progress", "draws", "recipe", "cache", "teachers", "batches", "parts"},
     "extract": {
         *{"errors", "progress", "durable", "hold", "recipe", "cache"},
-        *{"corpus", "teachers", "job", "parts"},
+        *{"corpus", "teachers", "job", "batches", "parts"},
     },
     "cluster": {
         *{"errors", "progress", "durable", "hold", "recipe", "cache"},
@@ -48,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "survey": {
         *{"errors", "progress", "durable", "dna", "recipe", "cache"},
-        *{"corpus", "teachers", "job", "parts", "extract"},
+        *{"corpus", "teachers", "job", "batches", "parts", "extract"},
     },
     "signals": {"errors"},
     "pace": {"sizes", "stream"},
@@ -62,6 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "dna",  # inspect spells a k-mer
         *{"errors", "progress", "sizes", "durable", "hold", "recipe", "cache"},
         *{"survey", "extract", "cluster", "audit", "distill", "run", "report", "teachers"},
+        *{"verdicts", "features", "compare"},
         "students",  # doctor says which kernel runs
     },
 }
@@ -78,7 +85,7 @@ OWNERS: dict[str, set[str]] = {
     "dnaio": {"dna"},
     "gtars": {"dna"},
     "py2bit": {"dna"},
-    "fla": {"students.delta_rule"},
+    "fla": {"students.delta_rule", "students.fla_backend"},
     "triton": {"students.delta_rule"},
     "transformers": {"teachers", "students"},
     "tokenizers": {"students"},
@@ -88,15 +95,16 @@ OWNERS: dict[str, set[str]] = {
     "pydantic_core": {"recipe", "cache"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "jinja2": {"report"},
-    "markupsafe": {"report"},
-    "matplotlib": {"report"},
+    "jinja2": {"page"},
+    "markupsafe": {"page"},
+    "matplotlib": {"page"},
     "torch": {
         *{"teachers", "students", "objectives", "stream", "checkpoint", "extract", "distill"},
         "floors",
+        "features",
         "feed",
         "learner",
-        "parts",
+        "batches",
         "cluster",  # deals out the devices of one machine
         "cli",  # doctor says which devices there are
     },
@@ -186,7 +194,7 @@ def test_genomes_recipes_and_caches_never_load_torch() -> None:
             "cache",
             "report",
         }
-        | {"hold", "run", "card"}
+        | {"hold", "run", "card", "page", "verdicts", "portrait", "compare"}
     ]
     assert len(data_path) > 10
     assert "torch" not in loaded_after(*data_path)
