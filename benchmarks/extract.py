@@ -46,7 +46,8 @@ from had_pipe.cache.layout import Part
 from had_pipe.dna.kmers import reverse_complement
 from had_pipe.progress import Progress
 from had_pipe.recipe import Recipe
-from had_pipe.teachers.ntv2 import NTv2Config, random_model, save_checkpoint
+from had_pipe.teachers.ntv2 import NTv2Config, random_model
+from had_pipe.teachers.ntv2_checkpoint import save_checkpoint
 from had_pipe.teachers.teacher import Teacher, load_teacher
 
 DEMO = Path(__file__).resolve().parents[1] / "pipelines" / "demo" / "teacher"

@@ -65,7 +65,8 @@ from had_pipe.objectives import HADObjective
 from had_pipe.recipe import Recipe
 from had_pipe.stream import Batch, first_windows
 from had_pipe.students import HADConfig, HADModel, spell
-from had_pipe.teachers.ntv2 import CLS_TOKEN, MASK_TOKEN, TOKEN_OF_KMER, load_checkpoint
+from had_pipe.teachers.ntv2 import CLS_TOKEN, MASK_TOKEN, TOKEN_OF_KMER
+from had_pipe.teachers.ntv2_checkpoint import load_checkpoint
 from had_pipe.teachers.teacher import Teacher, load_teacher
 
 DEMO = Path(__file__).resolve().parents[1] / "pipelines" / "demo"

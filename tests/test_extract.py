@@ -1151,7 +1151,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("the demo genome is not here: it lies in the repository, not in a package")
     from had_pipe.dna.kmers import LETTERS
     from had_pipe.dna.reference import read_contigs
-    from had_pipe.teachers.ntv2 import NTv2Config, random_model, save_checkpoint
+    from had_pipe.teachers.ntv2 import NTv2Config, random_model
+    from had_pipe.teachers.ntv2_checkpoint import save_checkpoint
 
     folder = tmp_path_factory.mktemp("real")
     base = next(iter(read_contigs(ECOLI))).base[:30_000]

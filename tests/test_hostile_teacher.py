@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 from had_pipe.errors import HadPipeError, InputError
-from had_pipe.teachers.ntv2 import NTv2Config, random_model, save_checkpoint
+from had_pipe.teachers.ntv2 import NTv2Config, random_model
+from had_pipe.teachers.ntv2_checkpoint import save_checkpoint
 from had_pipe.teachers.teacher import Teacher, load_teacher
 
 SHAPE = NTv2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)

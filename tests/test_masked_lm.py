@@ -812,7 +812,8 @@ def test_a_class_without_blocks_of_its_own_gives_its_last_output_alone(tmp_path:
 def test_an_ntv2_stays_on_our_own_code_and_a_plain_esm_does_not(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    from had_pipe.teachers.ntv2 import NTv2Config, random_model, save_checkpoint
+    from had_pipe.teachers.ntv2 import NTv2Config, random_model
+    from had_pipe.teachers.ntv2_checkpoint import save_checkpoint
 
     shape = NTv2Config(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8

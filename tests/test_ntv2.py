@@ -20,16 +20,8 @@ from ntv2_float64 import forward as forward_float64
 
 from had_pipe.dna.kmers import spell
 from had_pipe.errors import InputError
-from had_pipe.teachers.ntv2 import (
-    TOKEN_OF_KMER,
-    NTv2,
-    NTv2Config,
-    hub_shapes,
-    load_checkpoint,
-    random_model,
-    rotary_tables,
-    save_checkpoint,
-)
+from had_pipe.teachers.ntv2 import TOKEN_OF_KMER, NTv2, NTv2Config, random_model, rotary_tables
+from had_pipe.teachers.ntv2_checkpoint import hub_shapes, load_checkpoint, save_checkpoint
 
 Weights = dict[str, npt.NDArray[np.float32]]
 SPECIALS = ["<unk>", "<pad>", "<mask>", "<cls>", "<eos>", "<bos>"]

@@ -131,7 +131,8 @@ print(number)
 
 def a_recipe_to_run(folder: Path, *, views: int) -> Path:
     """A recipe with a small random network, for the installed command."""
-    from had_pipe.teachers.ntv2 import NTv2Config, random_model, save_checkpoint
+    from had_pipe.teachers.ntv2 import NTv2Config, random_model
+    from had_pipe.teachers.ntv2_checkpoint import save_checkpoint
 
     letters = {"piece": random_letters(np.random.default_rng(3), 12_000)}
     write_fasta(folder / "piece.fa", letters)

@@ -21,12 +21,8 @@ from had_pipe.dna.kmers import decode_kmers, encode_kmers, group_masks
 from had_pipe.dna.reference import read_contigs
 from had_pipe.dna.windows import SplitRule, base_windows, tile
 from had_pipe.errors import InputError, NetworkError, RecipeError
-from had_pipe.teachers.ntv2 import (
-    NTv2Config,
-    load_checkpoint,
-    random_model,
-    save_checkpoint,
-)
+from had_pipe.teachers.ntv2 import NTv2Config, random_model
+from had_pipe.teachers.ntv2_checkpoint import load_checkpoint, save_checkpoint
 from had_pipe.teachers.teacher import Teacher, load_teacher
 
 DEMO = REPOSITORY / "pipelines" / "demo" / "teacher"

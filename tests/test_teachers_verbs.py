@@ -23,7 +23,8 @@ from had_pipe import cli
 from had_pipe.errors import InputError, NetworkError, RecipeError
 from had_pipe.teachers.hub import fetch
 from had_pipe.teachers.listing import FAMILIES, find
-from had_pipe.teachers.ntv2 import NTv2Config, random_model, save_checkpoint
+from had_pipe.teachers.ntv2 import NTv2Config, random_model
+from had_pipe.teachers.ntv2_checkpoint import save_checkpoint
 from had_pipe.teachers.teacher import load_teacher
 
 COMMIT = "81b29e5786726d891dbf929404ef20adca5b36f1"

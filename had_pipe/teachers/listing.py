@@ -157,7 +157,7 @@ def look(name: str, revision: str | None, path: Path) -> Found:
 
 def _sizes(path: Path) -> tuple[str, int, int, int, int]:
     """Class, channels, layers, bases of a token and context, by the folder's own word."""
-    from had_pipe.teachers.ntv2 import is_ntv2, read_config
+    from had_pipe.teachers.ntv2_checkpoint import is_ntv2, read_config
 
     if is_ntv2(read_config_file(path)):
         config = read_config(path)

@@ -123,7 +123,8 @@ def load_teacher(
     """
     from had_pipe.teachers.folder import read_config_file
     from had_pipe.teachers.hub import HUB_NAME, snapshot
-    from had_pipe.teachers.ntv2 import NTv2Teacher, is_ntv2, load_checkpoint, read_config
+    from had_pipe.teachers.ntv2 import NTv2Teacher
+    from had_pipe.teachers.ntv2_checkpoint import is_ntv2, load_checkpoint, read_config
     from had_pipe.teachers.numerics import compute_dtype, fit_threads
 
     if dtype not in get_args(Precision):

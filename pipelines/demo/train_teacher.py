@@ -52,11 +52,10 @@ from had_pipe.teachers.ntv2 import (
     TOKEN_OF_KMER,
     NTv2,
     NTv2Config,
-    load_checkpoint,
     random_model,
     rotary_tables,
-    save_checkpoint,
 )
+from had_pipe.teachers.ntv2_checkpoint import load_checkpoint, save_checkpoint
 
 CONFIG = NTv2Config(
     hidden_size=128,
