@@ -6,15 +6,24 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from had_pipe.dna import kmers
-from had_pipe.students import HADConfig, HADForMaskedLM, HADModel, HADTokenizer, spell
+from had_pipe.students import (
+    HADConfig,
+    HADForMaskedLM,
+    HADForSequenceClassification,
+    HADModel,
+    HADTokenizer,
+    save_student,
+    spell,
+)
 from had_pipe.students.had import BaseDecoder, BidirectionalGDN, Direction
 from had_pipe.students.tokenizer import MASK, PAD
 
@@ -133,18 +142,93 @@ def test_each_base_is_heard_everywhere() -> None:
     assert bool(((features(student, ids_BS) - before).abs().amax(-1) > 0).all())
 
 
+HEADS = {
+    "features": lambda model, *batch: model.had(*batch).last_hidden_state,
+    "bases": lambda model, *batch: model.had_for_masked(*batch).logits,
+    "classes": lambda model, *batch: model(*batch).logits,
+}
+
+
+def every_head(**settings: int) -> HADForSequenceClassification:
+    """A student with both heads, far from their first weights."""
+    torch.manual_seed(2)
+    model = HADForSequenceClassification(HADConfig(**{**SMALL, **settings}, num_labels=3)).eval()
+    model.had_for_masked = HADForMaskedLM.of(model.had, BaseDecoder(16, 2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def padded(rows: list[Tensor], side: str, *, to: int) -> tuple[Tensor, Tensor]:
+    """Rows in one batch, with their attention mask."""
+    ids_BS = torch.full((len(rows), to), PAD)
+    for padded_S, row_S in zip(ids_BS, rows, strict=True):
+        if side == "left":
+            padded_S[to - len(row_S) :] = row_S
+        else:
+            padded_S[: len(row_S)] = row_S
+    return ids_BS, (ids_BS != PAD).long()
+
+
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing_at_other_positions(side: str) -> None:
-    student = small_student()
-    long, short = some_bases(1, 90), some_bases(1, 57, seed=1)
-    padding = torch.full((1, 33), PAD)
-    row = [padding, short] if side == "left" else [short, padding]
-    ids_BS = torch.cat([long, torch.cat(row, dim=1)])
-    mask_BS = (ids_BS != PAD).long()
-    feat_BSE = features(student, ids_BS, mask_BS)
-    kept = feat_BSE[1, 33:] if side == "left" else feat_BSE[1, :57]
-    torch.testing.assert_close(kept, features(student, short)[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(feat_BSE[0], features(student, long)[0], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("attention_heads", [0, 2])
+def test_a_padded_batch_equals_its_rows_alone_in_value_and_gradient(
+    head: str, side: str, attention_heads: int
+) -> None:
+    # Nothing but rounding differs: in float64, where decays alone are float32, that much less.
+    model = every_head(attention_heads=attention_heads)
+    rows = [some_bases(1, S, seed=S)[0] for S in (1, 3, 33, 57, 90)]
+    rows[3][10:16] = MASK
+    rows[1][:] = MASK
+    for dtype, tolerance in ((torch.float32, 5e-5), (torch.float64, 1e-6)):
+        nn.Module.to(model, dtype)
+        alone = [HEADS[head](model, row_S.unsqueeze(0))[0] for row_S in rows]
+        weight = [torch.randn(out.shape[-1], dtype=dtype) for out in alone]
+        (sum((o * w).sum() for o, w in zip(alone, weight, strict=True))).backward()
+        expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        together = HEADS[head](model, *padded(rows, side, to=101))
+        if head != "classes":
+            lengths = [len(row_S) for row_S in rows]
+            together = [
+                out[-S:] if side == "left" else out[:S]
+                for out, S in zip(together, lengths, strict=True)
+            ]
+        for found, out in zip(together, alone, strict=True):
+            torch.testing.assert_close(found, out, rtol=tolerance, atol=tolerance)
+        (sum((o * w).sum() for o, w in zip(together, weight, strict=True))).backward()
+        assert expected
+        for name, parameter in model.named_parameters():
+            if name in expected:
+                scale = float(expected[name].abs().max())
+                error = float((parameter.grad - expected[name]).abs().max())
+                assert error <= 10 * tolerance * max(scale, 1.0), name
+        model.zero_grad()
+
+
+def test_what_stands_at_padding_is_never_read() -> None:
+    model = every_head()
+    ids_BS, mask_BS = padded([some_bases(1, 20)[0], some_bases(1, 40)[0]], "right", to=40)
+    for head in HEADS.values():
+        before = head(model, ids_BS, mask_BS)
+        other_BS = torch.where(mask_BS.bool(), ids_BS, 7 + torch.arange(40) % 4)
+        after = head(model, other_BS, mask_BS)
+        seen = mask_BS.bool() if before.ndim == 3 else ...
+        assert torch.equal(before[seen], after[seen])
+
+
+def test_a_row_of_padding_alone_spoils_nothing() -> None:
+    model = every_head()
+    ids_BS, mask_BS = padded(
+        [some_bases(1, 20)[0], torch.tensor([], dtype=torch.long)], "left", to=20
+    )
+    for head in HEADS.values():
+        out = head(model, ids_BS, mask_BS)
+        assert bool(out.isfinite().all())
+        out.mean().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
 
 
 def test_spelling_agrees_with_the_letters_and_hides_whole_groups() -> None:
@@ -274,3 +358,75 @@ def test_every_parameter_of_the_student_gets_a_gradient() -> None:
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None, name
         assert float(parameter.grad.abs().max()) > 0, name
+
+
+@pytest.mark.parametrize(
+    ("labels", "count", "problem", "expected"),
+    [
+        (torch.tensor([0.5, -1.0]), 1, "regression", nn.functional.mse_loss),
+        (torch.tensor([2, 0]), 3, "single_label_classification", nn.functional.cross_entropy),
+        (
+            torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]),
+            3,
+            "multi_label_classification",
+            nn.functional.binary_cross_entropy_with_logits,
+        ),
+    ],
+)
+def test_losses_of_classification_are_those_of_transformers(
+    labels: Tensor, count: int, problem: str, expected: Any
+) -> None:
+    model = HADForSequenceClassification(HADConfig(**SMALL, num_labels=count)).eval()
+    ids_BS = some_bases(2, 30)
+    with torch.no_grad():
+        out = model(ids_BS, labels=labels)
+        found = model(ids_BS, labels=labels, return_dict=False)
+    assert model.config.problem_type == problem
+    logits = out.logits.squeeze(-1) if count == 1 else out.logits
+    torch.testing.assert_close(out.loss, expected(logits, labels))
+    assert torch.equal(found[0], out.loss)
+    assert torch.equal(found[1], out.logits)
+
+
+def test_dropout_is_of_the_classification_head_and_of_training_alone() -> None:
+    torch.manual_seed(0)
+    config = HADConfig(**SMALL, num_labels=2, classifier_dropout=0.5)
+    model = HADForSequenceClassification(config)
+    ids_BS = some_bases(4, 30)
+    with torch.no_grad():
+        trained = [model.train()(ids_BS).logits for _ in range(2)]
+        used = [model.eval()(ids_BS).logits for _ in range(2)]
+    assert not torch.equal(*trained)
+    assert torch.equal(*used)
+
+
+def test_a_saved_student_learns_to_tell_motifs_apart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_student(HADModel(HADConfig(**SMALL)), BaseDecoder(16, 2), tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=2, classifier_dropout=0.1
+    ).train()
+    random = np.random.default_rng(0)
+
+    def examples(many: int) -> tuple[Any, Tensor]:
+        """Sequences of unequal length, of class 1 where TATAAA stands somewhere in them."""
+        letters = [
+            "".join(random.choice(list("ACGT"), random.integers(20, 60))) for _ in range(many)
+        ]
+        labels = torch.tensor(random.integers(0, 2, many))
+        for i in labels.nonzero().flatten().tolist():
+            at = random.integers(0, len(letters[i]) - 6)
+            letters[i] = letters[i][:at] + "TATAAATATAAA" + letters[i][at + 6 :]
+        return HADTokenizer()(letters, padding=True, return_tensors="pt"), labels
+
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        batch, labels = examples(16)
+        loss = model(**batch, labels=labels).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    batch, labels = examples(200)
+    with torch.no_grad():
+        right = model.eval()(**batch).logits.argmax(-1) == labels
+    assert float(right.float().mean()) > 0.9

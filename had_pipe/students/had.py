@@ -318,7 +318,10 @@ class HADForMaskedLM(HADPreTrainedModel):
         feat_BSE = self.had(input_ids, attention_mask).last_hidden_state
         seen_BS = input_ids != MASK
         if attention_mask is not None:
-            seen_BS = seen_BS & attention_mask.bool()
+            # Where every base is masked, all of them are read, and still no padding.
+            unpadded_BS = attention_mask.bool()
+            seen_BS = seen_BS & unpadded_BS
+            seen_BS = torch.where(seen_BS.any(dim=1, keepdim=True), seen_BS, unpadded_BS)
         base_BS4 = self.decoder(feat_BSE, feat_BSE, _or_all(seen_BS)).float()
         others = self.config.vocab_size - FIRST_BASE - 4
         logits_BSF = F.pad(base_BS4, (FIRST_BASE, others), value=torch.finfo(torch.float32).min)
