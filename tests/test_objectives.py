@@ -1,8 +1,9 @@
-"""The two losses against a few lines of NumPy, and what must not leak between them."""
+"""The losses against loops of NumPy in every setting, and what must not leak between them."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from had_pipe.dna import kmers
-from had_pipe.objectives import HADObjective, Losses
+from had_pipe.objectives import Error, Groups, HADObjective, Losses, Pool
 from had_pipe.students import HADConfig, HADModel, spell
+from had_pipe.students.tokenizer import FIRST_BASE, MASK
 
 B, T, M, D, E = 3, 20, 3, 10, 16
 V = T - M
@@ -42,10 +44,30 @@ def weights(objective: HADObjective) -> dict[str, np.ndarray]:
 
 
 def projected(objective: HADObjective, feat_BSE: Tensor, mask_BT: Tensor) -> np.ndarray:
+    guesses = naive_guesses(objective, feat_BSE, mask_BT, "visible", "mean")
+    return np.array([[six[0] for six in window] for window in guesses])
+
+
+def naive_guesses(
+    objective: HADObjective, feat_BSE: Tensor, mask_BT: Tensor, align_on: str, pool: str
+) -> list[list[list[np.ndarray]]]:
+    """Of each window, of each group aligned on: one guess, or one of each base."""
     p = weights(objective)
-    feat_BTE = feat_BSE.double().numpy().reshape(B, T, 6, E).mean(2)
-    visible_BVE = np.stack([f[~m] for f, m in zip(feat_BTE, mask_BT.numpy(), strict=True)])
-    return visible_BVE @ p["projection.weight"].T + p["projection.bias"]
+    found = []
+    for feat_SE, mask_T in zip(feat_BSE.double().numpy(), mask_BT.tolist(), strict=True):
+        window = []
+        for j, masked in enumerate(mask_T):
+            if (align_on, masked) in (("visible", True), ("masked", False)):
+                continue
+            six = [feat_SE[6 * j + i] for i in range(6)]
+            pooled = {
+                "mean": [sum(six) / 6],
+                "concat": [np.concatenate(six)],
+                "per_base": six,
+            }[pool]
+            window.append([p["projection.weight"] @ u + p["projection.bias"] for u in pooled])
+        found.append(window)
+    return found
 
 
 def rms(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -57,17 +79,17 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return x / x.sum(-1, keepdims=True)
 
 
-def chances(objective: HADObjective, feat_SE: np.ndarray, hidden_S: np.ndarray) -> np.ndarray:
-    """Probabilities of A, C, G, T at the hidden bases of one window."""
+def chances(objective: HADObjective, asking_QE: np.ndarray, seen_PE: np.ndarray) -> np.ndarray:
+    """Probabilities of A, C, G, T at the bases of one window that ask."""
     p = {n.removeprefix("decoder."): w for n, w in weights(objective).items()}
-    query = rms(feat_SE[hidden_S], p["query_norm.weight"]) @ p["attention.q.weight"].T
-    memory = rms(feat_SE[~hidden_S], p["memory_norm.weight"]) @ p["attention.kv.weight"].T
+    query = rms(asking_QE, p["query_norm.weight"]) @ p["attention.q.weight"].T
+    memory = rms(seen_PE, p["memory_norm.weight"]) @ p["attention.kv.weight"].T
     heads = []
     for h in (slice(0, E // 2), slice(E // 2, E)):
         key, value = memory[:, :E][:, h], memory[:, E:][:, h]
         heads.append(softmax(query[:, h] @ key.T / np.sqrt(E / 2)) @ value)
     read = np.concatenate(heads, axis=1) @ p["attention.out.weight"].T
-    logits = rms(feat_SE[hidden_S] + read, p["norm.weight"]) @ p["head.weight"].T
+    logits = rms(asking_QE + read, p["norm.weight"]) @ p["head.weight"].T
     return softmax(logits + p["head.bias"])
 
 
@@ -83,18 +105,145 @@ def test_alignment_equals_numpy() -> None:
     np.testing.assert_allclose(rows.numpy(), found, rtol=1e-4, atol=1e-5)
 
 
-def test_reconstruction_equals_numpy() -> None:
-    objective, (feat, kmer_id, mask, target) = an_objective(), a_batch()
+@pytest.mark.parametrize("error", get_args(Error))
+@pytest.mark.parametrize("pool", get_args(Pool))
+@pytest.mark.parametrize("align_on", get_args(Groups))
+def test_alignment_equals_loops_wherever_and_however_it_is_asked_for(
+    align_on: Groups, pool: Pool, error: Error
+) -> None:
+    feat, kmer_id, mask, _ = a_batch()
+    groups = {"visible": V, "masked": M, "all": T}[align_on]
+    target = 3 * torch.randn(B, groups, D, generator=torch.Generator().manual_seed(5)) + 1
+    mean, std = torch.linspace(-1, 1, D), torch.linspace(0.5, 4, D)
+    objective = an_objective(
+        align_on=align_on,
+        pool=pool,
+        error=error,
+        masked=M,
+        target="normalised",
+        mean_D=mean,
+        std_D=std,
+    )
     losses = objective(feat, kmer_id, mask, target)
+    unit_D, mean_D = std.double().numpy(), mean.double().numpy()
+    costs, cosines, rows = [], [], []
+    for window, t_GD in zip(
+        naive_guesses(objective, feat, mask, align_on, pool), target.double().numpy(), strict=True
+    ):
+        for guesses, t_D in zip(window, t_GD, strict=True):
+            for guess_D, wanted_D in ((g, (t_D - mean_D) / unit_D) for g in guesses):
+                for away in np.abs(guess_D - wanted_D):
+                    straight = error == "smooth_l1" and away > 1
+                    costs.append(2 * away - 1 if straight else away**2)
+            found_D = sum(guesses) / len(guesses) * unit_D + mean_D
+            cosines.append(found_D @ t_D / np.linalg.norm(found_D) / np.linalg.norm(t_D))
+            rows.append(found_D)
+    assert min(costs) < 1 < max(costs)  # both sides of the bend
+    assert float(losses.align) == pytest.approx(np.mean(costs), rel=1e-5)
+    assert float(losses.cosine) == pytest.approx(np.mean(cosines), rel=1e-4)
+    with torch.no_grad():
+        found = objective.predictions(feat, mask, visible=V).numpy()
+    np.testing.assert_allclose(found, np.reshape(rows, (B, groups, D)), rtol=1e-4, atol=1e-4)
+    # What floors are measured in is that same error.
+    away = torch.tensor([-2.0, 0.5])
+    assert objective.error(away).tolist() == [{"mse": 4.0, "smooth_l1": 3.0}[error], 0.25]
+
+
+def single_bases(seed: int = 7) -> Tensor:
+    """As many bases as the masked groups have, anywhere, (B, S)."""
+    return torch.from_numpy(
+        kmers.base_masks(seed=seed, stream=0, rows=np.arange(B), bases=6 * T, masked=6 * M)
+    )
+
+
+def nats_and_hits(
+    asked: list[tuple[np.ndarray, np.ndarray]],
+) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy, of chances and the bases that stand there."""
+    nats = [
+        -math.log(chance[base])
+        for chances, bases in asked
+        for chance, base in zip(chances, bases, strict=True)
+    ]
+    hits = [
+        chance.argmax() == base
+        for chances, bases in asked
+        for chance, base in zip(chances, bases, strict=True)
+    ]
+    return float(np.mean(nats)), float(np.mean(hits))
+
+
+@pytest.mark.parametrize("masking", ["group", "base"])
+def test_reconstruction_equals_numpy(masking: str) -> None:
+    objective, (feat, kmer_id, mask, target) = an_objective(), a_batch()
+    hidden = single_bases() if masking == "base" else None
+    losses = objective(feat, kmer_id, mask, target, hidden)
     base_BS = kmers.decode_kmers(kmer_id.numpy().astype(np.uint16))
-    hidden_BS = mask.numpy().repeat(6, axis=1)
-    right, nats = [], []
-    for f, base_S, hidden_S in zip(feat.double().numpy(), base_BS, hidden_BS, strict=True):
-        chance = chances(objective, f, hidden_S)
-        nats += list(-np.log(chance[np.arange(6 * M), base_S[hidden_S]]))
-        right += list(chance.argmax(1) == base_S[hidden_S])
-    assert float(losses.reconstruct) == pytest.approx(np.mean(nats), rel=1e-5)
-    assert float(losses.accuracy) == pytest.approx(np.mean(right))
+    hidden_BS = mask.numpy().repeat(6, axis=1) if hidden is None else hidden.numpy()
+    asked = [
+        (chances(objective, f_SE[hidden_S], f_SE[~hidden_S]), base_S[hidden_S])
+        for f_SE, base_S, hidden_S in zip(feat.double().numpy(), base_BS, hidden_BS, strict=True)
+    ]
+    nats, hits = nats_and_hits(asked)
+    assert float(losses.reconstruct) == pytest.approx(nats, rel=1e-5)
+    assert float(losses.accuracy) == pytest.approx(hits)
+    # Alignment is on the cache's groups, whatever the student does not see.
+    found = projected(objective, feat, mask)
+    expected = ((found - target.double().numpy()) ** 2).mean()
+    assert float(losses.align) == pytest.approx(expected, rel=1e-5)
+
+
+def test_bases_that_were_left_out_ask_by_where_they_stand_alone() -> None:
+    objective = an_objective(mask_tokens="dropped", masked=M)
+    _, kmer_id, mask, target = a_batch()
+    feat = torch.randn(B, 6 * V, E, generator=torch.Generator().manual_seed(3))
+    losses = objective(feat, kmer_id, mask, target)
+    asking_E = weights(objective)["asking_E"]
+    half = E // 2
+    place_SE = np.array(
+        [
+            [math.sin(s * 10_000 ** (-e / half)) for e in range(half)]
+            + [math.cos(s * 10_000 ** (-e / half)) for e in range(half)]
+            for s in range(6 * T)
+        ]
+    )
+    base_BS = kmers.decode_kmers(kmer_id.numpy().astype(np.uint16))
+    asked = []
+    for f_PE, base_S, hidden_S in zip(
+        feat.double().numpy(), base_BS, mask.numpy().repeat(6, axis=1), strict=True
+    ):
+        chance = chances(objective, asking_E + place_SE[hidden_S], f_PE + place_SE[~hidden_S])
+        asked.append((chance, base_S[hidden_S]))
+    nats, hits = nats_and_hits(asked)
+    assert float(losses.reconstruct) == pytest.approx(nats, rel=1e-5)
+    assert float(losses.accuracy) == pytest.approx(hits)
+    p = weights(objective)
+    six_BVE = feat.double().numpy().reshape(B, V, 6, E).mean(2)
+    found = six_BVE @ p["projection.weight"].T + p["projection.bias"]
+    expected = ((found - target.double().numpy()) ** 2).mean()
+    assert float(losses.align) == pytest.approx(expected, rel=1e-5)
+    with torch.no_grad():
+        rows = objective.predictions(feat, mask, visible=V)
+    np.testing.assert_allclose(rows.numpy(), found, rtol=1e-4, atol=1e-5)
+    # The language head of a student asks with features at mask symbols: it has not learnt to.
+    assert objective.language_head is None
+    assert an_objective().language_head is not None
+
+
+def test_what_the_student_reads_is_the_bases_with_what_is_hidden_masked_or_left_out() -> None:
+    _, kmer_id, mask, _ = a_batch()
+    base_BS = kmers.decode_kmers(kmer_id.numpy().astype(np.uint16)) + FIRST_BASE
+    group_BS = mask.numpy().repeat(6, axis=1)
+    kept, single = an_objective(), single_bases()
+    np.testing.assert_array_equal(
+        kept.inputs(kmer_id, mask).numpy(), np.where(group_BS, MASK, base_BS)
+    )
+    np.testing.assert_array_equal(
+        kept.inputs(kmer_id, mask, single).numpy(), np.where(single.numpy(), MASK, base_BS)
+    )
+    dropped = an_objective(mask_tokens="dropped", masked=M).inputs(kmer_id, mask).numpy()
+    for read_P, base_S, hidden_S in zip(dropped, base_BS, group_BS, strict=True):
+        assert read_P.tolist() == base_S[~hidden_S].tolist()
 
 
 def test_the_total_weighs_both() -> None:
@@ -188,6 +337,20 @@ def test_what_is_masked_never_reaches_the_student() -> None:
     assert float(losses.reconstruct) != float(losses_other.reconstruct)
 
 
+@pytest.mark.parametrize(
+    ("align_on", "heard"), [("masked", [True]), ("all", [False, True]), ("visible", [False])]
+)
+def test_alignment_hears_the_groups_it_is_on_alone(align_on: Groups, heard: list[bool]) -> None:
+    objective = an_objective(reconstruct=0.0, align_on=align_on, masked=M)
+    feat, kmer_id, mask, _ = a_batch()
+    groups = {"visible": V, "masked": M, "all": T}[align_on]
+    feat.requires_grad_()
+    objective(feat, kmer_id, mask, torch.randn(B, groups, D)).total.backward()
+    assert feat.grad is not None
+    felt_BT = feat.grad.view(B, T, -1).abs().amax(-1) > 0
+    assert felt_BT.tolist() == [[masked in heard for masked in row] for row in mask.tolist()]
+
+
 def test_masks_that_do_not_fit_the_targets_are_caught() -> None:
     feat, kmer_id, mask, target = a_batch()
     mask[0] = ~mask[0]
@@ -195,10 +358,20 @@ def test_masks_that_do_not_fit_the_targets_are_caught() -> None:
         an_objective()(feat, kmer_id, mask, target)
 
 
-def test_gradients_reach_every_parameter() -> None:
-    student, objective = a_student(), an_objective()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pool": "concat", "error": "smooth_l1"},
+        {"pool": "per_base"},
+        {"mask_tokens": "dropped"},
+    ],
+    ids=str,
+)
+def test_gradients_reach_every_parameter(settings: dict[str, Any]) -> None:
+    student, objective = a_student(), an_objective(masked=M, **settings)
     _, kmer_id, mask, target = a_batch()
-    feat = student(spell(kmer_id, mask)).last_hidden_state
+    feat = student(objective.inputs(kmer_id, mask)).last_hidden_state
     objective(feat, kmer_id, mask, target).total.backward()
     for name, parameter in [*student.named_parameters(), *objective.named_parameters()]:
         assert parameter.grad is not None, name
