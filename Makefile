@@ -1,5 +1,5 @@
 # make demo   a real genome in, a cache, a student, a page: minutes on two cores
-# make test   the test suite; test-slow, lint, types, docs, clean
+# make test   the test suite; test-slow, test-kernels, lint, types, docs, clean
 # make bench-stream   what stage two reads, against the hardware; bench-peers: against other loaders
 #
 # The first target that needs it makes .venv from constraints.txt. PYTHON=... chooses the Python.
@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types docs bench-stream bench-peers clean
+.PHONY: help demo test test-slow test-kernels lint types docs bench-stream bench-peers clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -75,6 +75,17 @@ test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not soak" \
 	  --numprocesses $(TESTERS) --dist loadfile $(PYTEST_ARGS)
 
+# Laid over the environment, not put into it: 0.7 GB that only this check needs.
+.fla/.installed: tests/requirements-fla.txt $(INSTALLED)
+	rm -rf .fla
+	$(BIN)/python -m pip install --quiet --no-deps --target .fla --requirement $<
+	@touch $@
+
+# flash-linear-attention's kernels and our part of them, in Triton's interpreter: a minute or two.
+test-kernels: .fla/.installed
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=.fla $(BIN)/python -m pytest tests/test_fla.py \
+	  $(PYTEST_ARGS)
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -114,4 +125,4 @@ bench-peers: $(INSTALLED) $(PEERS)
 
 # What was computed stays: caches and runs are removed by hand.
 clean:
-	rm -rf $(VENV) .venv-peers-* build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-peers-* .fla build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from had_pipe.students import fla_backend
 from had_pipe.students.delta_rule import (
     CHUNK,
+    choose,
     chunked_rule,
     find_fault,
     gated_delta_rule,
     kernel,
 )
+from had_pipe.students.fla_backend import Shape, gradients_around_states
 
 CPU = torch.device("cpu")
+SHAPE = Shape(heads=3, key=32, value=64)
 NAMES = ("output", "d_q", "d_k", "d_v", "d_log_decay", "d_beta")
 
 
@@ -156,13 +161,13 @@ def other_chunks(*inputs: Tensor) -> Tensor:
 
 
 def test_the_self_check_passes_a_right_kernel() -> None:
-    assert find_fault(other_chunks, device=CPU) is None
+    assert find_fault(other_chunks, device=CPU, shape=SHAPE) is None
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
 def test_the_self_check_needs_no_gradients_around_it(around: Callable[[], Any]) -> None:
     with around(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert find_fault(other_chunks, device=CPU) is None
+        assert find_fault(other_chunks, device=CPU, shape=SHAPE) is None
 
 
 @pytest.mark.parametrize(
@@ -178,7 +183,7 @@ def test_the_self_check_finds_a_wrong_gradient_behind_a_right_output(
         inputs_wrong[position] = 2 * x - x.detach()
         return chunked_rule(*inputs_wrong)
 
-    fault = find_fault(miscompiled, device=CPU)
+    fault = find_fault(miscompiled, device=CPU, shape=SHAPE)
     assert fault is not None
     assert name in fault
 
@@ -188,7 +193,7 @@ def test_the_self_check_finds_a_series_that_explodes_on_repeats() -> None:
         same = bool((k == k[:, :1]).all())
         return chunked_rule(q, k, v, log_decay, beta) * (1e16 if same else 1)
 
-    fault = find_fault(explodes, device=CPU)
+    fault = find_fault(explodes, device=CPU, shape=SHAPE)
     assert fault is not None
     assert "equal keys, torch.float32" in fault
 
@@ -197,13 +202,77 @@ def test_the_self_check_survives_a_kernel_that_refuses() -> None:
     def refuses(*inputs: Tensor) -> Tensor:
         raise RuntimeError("Triton >= 3.4.0 on Hopper is not supported\nsee the issue")
 
-    fault = find_fault(refuses, device=CPU)
+    fault = find_fault(refuses, device=CPU, shape=SHAPE)
     assert fault == "RuntimeError: Triton >= 3.4.0 on Hopper is not supported"
 
 
 def test_without_cuda_the_torch_path_runs_and_says_so() -> None:
     assert kernel("cpu").name == "torch-chunked"
     assert "CUDA" in kernel("cpu").reason
+
+
+@pytest.mark.parametrize("S", [1, 7, 8, 21])
+def test_the_part_that_fla_borrows_gives_the_gradients_of_its_three_formulas(S: int) -> None:
+    chunk, B, H, K, V, scale = 8, 2, 3, 4, 6, 0.5
+    N = -(-S // chunk)
+    random = torch.Generator().manual_seed(S)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    q, k, w = (normal(B, S, H, K).requires_grad_() for _ in range(3))
+    u, d_o, d_u = (normal(B, S, H, V) for _ in range(3))
+    h, d_h = (normal(B, N, H, K, V) for _ in range(2))
+    # A decay of 2^-300 over a chunk: a path from 0 to it would overflow.
+    g = torch.cat(
+        [(-40 * normal(B, len(x), H).abs()).cumsum(1) for x in torch.arange(S).split(chunk)], 1
+    ).requires_grad_()
+
+    total = torch.zeros((), dtype=torch.float64)
+    for b, n, a in itertools.product(range(B), range(N), range(H)):
+        start, end = n * chunk, min(n * chunk + chunk, S)
+        last = g[b, end - 1, a]
+        state = last.exp2() * h[b, n, a]
+        for i in range(start, end):
+            o = g[b, i, a].exp2() * q[b, i, a] @ h[b, n, a]
+            for j in range(start, i + 1):
+                mix = (g[b, i, a] - g[b, j, a]).exp2() * (q[b, i, a] @ k[b, j, a])
+                o = o + mix * u[b, j, a]
+            state = state + (last - g[b, i, a]).exp2() * torch.outer(k[b, i, a], u[b, i, a])
+            total = total + scale * (o @ d_o[b, i, a]) - (w[b, i, a] @ h[b, n, a]) @ d_u[b, i, a]
+        total = total + (state * d_h[b, n, a]).sum()
+    d_q, d_k, d_w, d_g = torch.autograd.grad(total, [q, k, w, g])
+
+    with torch.no_grad():
+        found = gradients_around_states(
+            q_BSHK=q,
+            k_BSHK=k,
+            u_BSHV=u,
+            d_o_BSHV=d_o,
+            h_BNHKV=h,
+            d_h_BNHKV=d_h,
+            d_u_BSHV=d_u,
+            g_BSH=g,
+            scale=scale,
+            chunk=chunk,
+        )
+    # Decays come in units of the natural logarithm, of which 2^g holds ln 2.
+    for name, a, b in zip(
+        ("q", "k", "w", "g"), found, (d_q, d_k, d_w, d_g / math.log(2)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def faults(*told: str | None) -> Callable[[], str | None]:
+    """A check that says one after the other."""
+    left = iter(told)
+    return lambda: next(left)
+
+
+def test_fla_runs_as_it_is_where_it_is_right() -> None:
+    chosen = choose(faults(None), device=CPU, name="a card", shape=SHAPE)
+    assert chosen.name == "fla"
+    assert (CPU, SHAPE) not in fla_backend._taken
 
 
 @pytest.mark.gpu

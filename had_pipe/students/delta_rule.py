@@ -15,9 +15,10 @@ B sequences, S positions, H heads, K key width, V value width, N chunks of C pos
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from had_pipe.students import fla_backend
+from had_pipe.students.fla_backend import Shape
+
 CHUNK = 32
 """Positions a chunk: the fastest of 16, 32 and 64 on a CPU at K = 32."""
+
+LENGTHS = (90, 170, 1020, 2048)
+"""Lengths that kernels are tried at: the first three do not fill their last chunk. Kernels are not
+compiled for a length."""
+
+# Keys of a trial, and by how large a share of the largest value each result may be off. Kernels may
+# round the factors of float32 products to 10 bits (tf32), which keys that repeat amplify; a
+# miscompiled gradient is off by more than its own size.
+TRIALS = {
+    torch.float32: {"random": 2e-2, "equal": 1e-1, "dinucleotide": 1e-1},
+    torch.bfloat16: {"random": 1e-1, "equal": 2e-1, "dinucleotide": 2e-1},
+}
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +55,7 @@ class Kernel:
     """Which implementation of the rule runs on a device, and why."""
 
     name: str
-    """`torch-chunked` or `fla`."""
+    """`torch-chunked`, `fla`, or `fla+torch`: fla but for one function of its backward pass."""
     reason: str
     """One sentence for the log and for `had-pipe doctor`."""
 
@@ -59,17 +75,24 @@ def gated_delta_rule(
     The torch path computes in float32, float64 where the queries are; `chunk` is of that path and
     changes rounding alone.
     """
-    if q_BSHK.is_cuda and kernel(q_BSHK.device).name == "fla":
-        return _fla_rule(q_BSHK, k_BSHK, v_BSHV, log_decay_BSH, beta_BSH)
+    if q_BSHK.is_cuda:
+        heads, key = q_BSHK.shape[2:]
+        found = kernel(q_BSHK.device, heads=heads, key=key, value=v_BSHV.shape[-1])
+        if found.name != "torch-chunked":
+            return _fla_rule(q_BSHK, k_BSHK, v_BSHV, log_decay_BSH, beta_BSH)
     return chunked_rule(q_BSHK, k_BSHK, v_BSHV, log_decay_BSH, beta_BSH, chunk=chunk)
 
 
-def kernel(device: torch.device | str) -> Kernel:
-    """The implementation `gated_delta_rule` uses on `device`; the answer is found once."""
+def kernel(device: torch.device | str, *, heads: int = 3, key: int = 32, value: int = 64) -> Kernel:
+    """The implementation `gated_delta_rule` uses on `device`; the answer is found once a shape.
+
+    The shape is that of the default student unless given.
+    """
     device = torch.device(device)
     if device.type != "cuda":
         return Kernel(name="torch-chunked", reason=f"other kernels need CUDA, not {device.type}")
-    return _cuda_kernel(torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _cuda_kernel(index, Shape(heads=heads, key=key, value=value))
 
 
 def chunked_rule(
@@ -279,38 +302,65 @@ def _fla_rule(
 
 
 @functools.cache
-def _cuda_kernel(index: int) -> Kernel:
+def _cuda_kernel(index: int, shape: Shape) -> Kernel:
     device = torch.device("cuda", index)
     try:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # noqa: F401
     except ImportError as error:
         reason = f"flash-linear-attention is not installed ({error}); the extra `cuda` brings it"
         return Kernel(name="torch-chunked", reason=reason)
-    fault = find_fault(_fla_rule, device=device)
-    if fault is None:
+    return choose(
+        lambda: find_fault(_fla_rule, device=device, shape=shape),
+        device=device,
+        name=torch.cuda.get_device_name(device),
+        shape=shape,
+    )
+
+
+def choose(
+    fault: Callable[[], str | None], *, device: torch.device, name: str, shape: Shape
+) -> Kernel:
+    """Whether fla is used on a device called `name`: as it is, with our part, or not at all.
+
+    `fault` says what is wrong with `_fla_rule` as it would run now, None where nothing is.
+    """
+    alone = fault()
+    if alone is None:
         reason = "flash-linear-attention agrees with the torch path, gradients included"
         return Kernel(name="fla", reason=reason)
-    reason = f"flash-linear-attention is not right on {torch.cuda.get_device_name(device)}: {fault}"
+    fla_backend.take_over(device, shape)
+    together = fault()
+    if together is None:
+        reason = (
+            f"flash-linear-attention is not right on {name} by itself ({alone}); with one "
+            "function of its backward pass in torch it agrees with the torch path"
+        )
+        _log.info("%s", reason)
+        return Kernel(name="fla+torch", reason=reason)
+    fla_backend.give_back(device, shape)
+    reason = f"flash-linear-attention is not right on {name}: {alone}"
+    if together != alone:
+        reason += f"; with one function of its backward pass in torch: {together}"
     _log.warning("%s; the slower torch path runs instead", reason)
     return Kernel(name="torch-chunked", reason=reason)
 
 
-def find_fault(rule: Rule, *, device: torch.device) -> str | None:
+def find_fault(
+    rule: Rule,
+    *,
+    device: torch.device,
+    shape: Shape,
+    lengths: Sequence[int] = LENGTHS,
+    dtypes: Sequence[torch.dtype] = tuple(TRIALS),
+) -> str | None:
     """What is wrong with another implementation of the rule; None where it agrees with ours.
 
-    Compared are outputs and all gradients, at lengths that do not fill a chunk, with keys at random
-    and with one key throughout (poly-A). Triton 3.4 to 3.7.0 gives wrong gradients of keys, decays
-    and betas on Hopper, silently, so no kernel is trusted before this.
+    Compared are outputs and all gradients, with keys at random, with one key throughout (poly-A)
+    and with two in turn. Triton 3.4 to 3.7.0 gives wrong gradients of keys, decays and betas on
+    Hopper, silently, so no kernel is trusted before this.
     """
-    # Shares of the largest value. Kernels may round the factors of float32 products to 10 bits
-    # (tf32), which equal keys amplify; a miscompiled gradient is off by more than its own size.
-    trials = (
-        (torch.float32, "random", 2e-2),
-        (torch.float32, "equal", 1e-1),
-        (torch.bfloat16, "random", 1e-1),
-    )
-    for S in (90, 150):
-        for dtype, keys, tolerance in trials:
+    for S, dtype in itertools.product(lengths, dtypes):
+        for keys, tolerance in TRIALS[dtype].items():
             try:
                 # The first call may come from inside an evaluation; the check needs gradients.
                 with (
@@ -318,9 +368,8 @@ def find_fault(rule: Rule, *, device: torch.device) -> str | None:
                     torch.enable_grad(),
                     torch.autocast(device.type, enabled=False),
                 ):
-                    fault = _compare(
-                        rule, device=device, S=S, keys=keys, dtype=dtype, tolerance=tolerance
-                    )
+                    inputs, weight = _trial(shape, S=S, keys=keys, dtype=dtype, device=device)
+                    fault = _compare(rule, inputs, weight, tolerance=tolerance)
             # A kernel of another library may refuse or fail in any way; all mean: not this one.
             except Exception as error:
                 return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -329,34 +378,25 @@ def find_fault(rule: Rule, *, device: torch.device) -> str | None:
     return None
 
 
-def _compare(
-    rule: Rule,
-    *,
-    device: torch.device,
-    S: int,
-    keys: str,
-    dtype: torch.dtype,
-    tolerance: float,
-) -> str | None:
-    B, H, K, V = 2, 3, 32, 64
+def _trial(
+    shape: Shape, *, S: int, keys: str, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """Inputs of the rule, and what its output is summed with."""
+    B, H, K, V = 2, shape.heads, shape.key, shape.value
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random)
 
-    k_BSHK = F.normalize(normal(B, 1 if keys == "equal" else S, H, K), dim=-1).expand(B, S, H, K)
-    inputs = [
-        F.normalize(normal(B, S, H, K), dim=-1),
-        k_BSHK,
-        normal(B, S, H, V),
-        -0.1 * F.softplus(normal(B, S, H)),
-        torch.sigmoid(normal(B, S, H) + 2),
-    ]
-    inputs = [t.contiguous().to(device) for t in inputs]
-    inputs = [t.to(dtype).requires_grad_() for t in inputs[:3]] + [
-        t.requires_grad_() for t in inputs[3:]
-    ]
-    weight = normal(B, S, H, V).to(device)
+    period = {"random": S, "equal": 1, "dinucleotide": 2}[keys]
+    k_BSHK = F.normalize(normal(B, period, H, K), dim=-1)[:, torch.arange(S) % period]
+    qkv = [F.normalize(normal(B, S, H, K), dim=-1), k_BSHK, normal(B, S, H, V)]
+    gates = [-0.1 * F.softplus(normal(B, S, H)), torch.sigmoid(normal(B, S, H) + 2)]
+    inputs = [t.to(device, dtype) for t in qkv] + [t.to(device) for t in gates]
+    return [t.requires_grad_() for t in inputs], normal(B, S, H, V).to(device)
+
+
+def _compare(rule: Rule, inputs: list[Tensor], weight: Tensor, *, tolerance: float) -> str | None:
     found, expected = (
         [o, *torch.autograd.grad((o * weight).sum(), inputs)]
         for o in (rule(*inputs), chunked_rule(*inputs))
