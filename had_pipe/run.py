@@ -27,8 +27,8 @@ from had_pipe.errors import InputError, NonFiniteError, RunMismatch
 FORMAT = "had-run/1"
 RUN, METRICS, CHECKPOINTS, STUDENT = "run.json", "metrics.jsonl", "checkpoints", "student"
 
-# Keys of [train] that say where, how often and in what portions, not what is learnt: they may change
-# within a run.
+# Keys of [train] that say where, how often and in what portions, not what is learnt: they may
+# change within a run.
 _CADENCE = (
     *("out", "log_every", "validate_every", "checkpoint_every"),
     *("micro_batch", "keep", "track"),
@@ -48,12 +48,17 @@ Row = Mapping[str, Any]
 """A line of metrics: its kind ("floors", "train", "validation") and its figures by name."""
 
 
+def measured(row: Row, *keys: str) -> bool:
+    """Whether a row holds a finite number under each key."""
+    return all(isinstance(row.get(key), int | float) and math.isfinite(row[key]) for key in keys)
+
+
 # Who a run is
 
 
 def run_id(document: Mapping[str, Any]) -> str:
     """SHA-256 of what decides a run's result; checkpoints carry it."""
-    text = json.dumps(_identity(document), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(identity(document), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return sha256(text.encode()).hexdigest()
 
 
@@ -71,12 +76,12 @@ def begin(folder: Path, document: Mapping[str, Any]) -> None:
         write_file(path, text.encode(), aside=folder)
         return
     try:
-        there = _identity(json.loads(path.read_bytes()))
+        there = identity(json.loads(path.read_bytes()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunMismatch(
             f"{path}: is not the record of a run ({error!r}). Use another [train] out"
         ) from error
-    here = _identity(document)
+    here = identity(document)
     keys = list(dict.fromkeys([*there, *here]))
     differing = [key for key in keys if there.get(key) != here.get(key)]
     if differing:
@@ -91,18 +96,23 @@ def begin(folder: Path, document: Mapping[str, Any]) -> None:
         )
 
 
-def _identity(document: Mapping[str, Any]) -> dict[str, Any]:
+def identity(document: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a run's result, flat: two runs that agree in it are one run."""
-    identity: dict[str, Any] = {"format": document["format"], "order": document["order"]}
+    found: dict[str, Any] = {"format": document["format"], "order": document["order"]}
     for section, values in document["recipe"].items():
         for key, value in values.items():
             # A key without a value is not there: a run goes on when its recipe learns a new key.
             later = value is None or _LEARNT.get(f"{section}.{key}") == value
             if not later and (section != "train" or key not in _CADENCE):
-                identity[f"{section}.{key}"] = value
+                found[f"{section}.{key}"] = value
     for i, cache in enumerate(document["caches"]):
-        identity[f"cache {i + 1}" if i else "cache"] = cache["id"]
-    return identity
+        found[f"cache {i + 1}" if i else "cache"] = cache["id"]
+    return found
+
+
+def meant(key: str, value: object) -> object:
+    """What a key of an identity means where it is absent: what was done before there was it."""
+    return _LEARNT.get(key) if value is None else value
 
 
 def _show(value: object) -> str:
@@ -191,6 +201,10 @@ class RunRecord:
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     floors: Row | None
+
+    def asked(self, section: str, key: str) -> Any:
+        """What the recipe says; of a run that is older than the key, what was done then."""
+        return meant(f"{section}.{key}", self.run["recipe"].get(section, {}).get(key))
 
     @property
     def steps(self) -> int:

@@ -112,7 +112,7 @@ def test_the_command_line_is_the_documented_one_and_no_more() -> None:
             *("--cache", "--mirror", "--mirror-size", "--prefetch", "--direct", "--through-zarr"),
             "--device",
         },
-        "report": {"--out"},
+        "report": {"--cache", "--annotation", "--out"},
         "doctor": {"--json"},
         "cache": set(),
         "teachers": {"--in", "--json"},

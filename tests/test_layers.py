@@ -36,7 +36,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "card": {"cache", "run"},
     "page": {"durable"},
     "verdicts": {"run"},
-    "features": {"errors", "progress", "dna", "cache", "stream", "students", "run"},
+    "spaces": set(),
+    "features": {
+        *{"errors", "progress", "dna", "cache", "stream", "students", "run", "spaces"},
+    },
     "portrait": {"page", "verdicts", "features"},
     "report": {"sizes", "run", "page", "verdicts", "features", "portrait"},
     "compare": {"errors", "run", "page", "verdicts"},
@@ -57,17 +60,29 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"corpus", "teachers", "job", "batches", "parts", "extract"},
     },
     "signals": {"errors"},
-    "pace": {"sizes", "stream"},
+    "parallel": {"errors", "signals"},
+    "pace": {"sizes", "stream", "parallel"},
+    "track": {"errors"},
+    "finite": {"errors", "cache", "stream"},
+    "held_out": {
+        *{"progress", "recipe", "cache", "stream", "learner", "floors"},
+        *{"finite", "parallel", "signals"},
+    },
+    "task": {
+        *{"errors", "recipe", "cache", "students", "objectives", "order", "stream", "learner"},
+        *{"card", "parallel", "run", "track"},
+    },
     "learner": {"dna", "recipe", "objectives", "floors", "students", "stream", "checkpoint"},
     "distill": {
-        *{"errors", "progress", "draws", "durable", "dna", "recipe", "cache"},
-        *{"students", "objectives", "order", "stream", "checkpoint", "learner", "signals"},
-        *{"pace", "floors", "hold", "run", "card"},
+        *{"errors", "progress", "durable", "recipe", "cache", "students", "stream"},
+        *{"checkpoint", "learner", "signals", "pace", "hold", "run", "card"},
+        *{"parallel", "track", "finite", "held_out", "task"},
     },
     "cli": {
         "dna",  # inspect spells a k-mer
         *{"errors", "progress", "sizes", "durable", "hold", "recipe", "cache"},
         *{"survey", "extract", "cluster", "audit", "distill", "run", "report", "teachers"},
+        "parallel",  # of several processes one speaks
         *{"verdicts", "features", "compare"},
         "students",  # doctor says which kernel runs
     },
@@ -93,6 +108,7 @@ OWNERS: dict[str, set[str]] = {
     "safetensors": {"teachers", "students", "checkpoint"},
     "pydantic": {"recipe", "cache"},
     "pydantic_core": {"recipe", "cache"},
+    "wandb": {"track"},
     "typer": {"cli"},
     "rich": {"cli"},
     "jinja2": {"page"},
@@ -104,6 +120,8 @@ OWNERS: dict[str, set[str]] = {
         "features",
         "feed",
         "learner",
+        *{"parallel", "pace", "held_out", "task"},
+        "track",  # its writer of TensorBoard's files
         "batches",
         "cluster",  # deals out the devices of one machine
         "cli",  # doctor says which devices there are
@@ -194,7 +212,7 @@ def test_genomes_recipes_and_caches_never_load_torch() -> None:
             "cache",
             "report",
         }
-        | {"hold", "run", "card", "page", "verdicts", "portrait", "compare"}
+        | {"hold", "run", "card", "page", "verdicts", "portrait", "spaces", "compare"}
     ]
     assert len(data_path) > 10
     assert "torch" not in loaded_after(*data_path)

@@ -98,8 +98,8 @@ def distill(
             device=device.value,
             report=report,
         )
-    from had_pipe.report import verdicts
     from had_pipe.run import read_run
+    from had_pipe.verdicts import verdicts
 
     if made.already_done:
         done = f"nothing was left to do: all {count(made.steps, 'step')} were done"
@@ -125,6 +125,22 @@ def distill(
 @answering
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, [train] out.")],
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH_OR_URL",
+            help="A cache of the run, to show the student's features beside the teacher's on its "
+            "held-out windows; repeat it for several.",
+        ),
+    ] = None,
+    annotation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Colour those by feature: BED, GFF3 or GTF, plain or gzipped, that names contigs "
+            "as the genome does.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Where to write the page, instead of RUN/report.html."),
@@ -134,9 +150,29 @@ def report(
 
     The page holds everything it shows; the run may still be going on.
     """
-    from had_pipe.report import verdicts, write_report
-    from had_pipe.run import read_run
+    from contextlib import ExitStack
 
-    page = write_report(run, out)
-    print_facts(continued("measured", verdicts(read_run(run))))
+    from had_pipe.errors import RecipeError
+    from had_pipe.report import write_report
+    from had_pipe.run import read_run
+    from had_pipe.verdicts import verdicts
+
+    if annotation is not None and not cache:
+        raise RecipeError(
+            "--annotation says where features lie; to show windows that lie there, name the "
+            "cache too: --cache PATH"
+        )
+    record = read_run(run)
+    features = None
+    if cache:
+        from had_pipe.cache import open_cache
+        from had_pipe.dna.annotation import read_annotation
+        from had_pipe.features import measure_features
+
+        read = None if annotation is None else read_annotation(annotation)
+        with ExitStack() as closing, reporter() as progress:
+            opened = [closing.enter_context(open_cache(source)) for source in cache]
+            features = measure_features(record, opened, annotation=read, report=progress)
+    page = write_report(run, out, features=features)
+    print_facts(continued("measured", verdicts(record)))
     print_facts([("page", str(page.resolve()))])
