@@ -68,6 +68,13 @@ def ratios(found: Mapping[str, list[Pass]], one: str, other: str) -> list[float]
     return [a.rate / b.rate for a, b in zip(found[one], found[other], strict=True)]
 
 
+def settled(device: torch.device) -> float:
+    """What the clock says once a device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
 def summary(passes: list[Pass]) -> dict[str, float]:
     return {
         "gigabytes_per_second": statistics.median(done.rate for done in passes) / 1e9,

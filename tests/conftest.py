@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,12 +16,14 @@ if TYPE_CHECKING:
     from had_pipe.cache import Cache
 
 Made = Callable[..., "Cache"]
+Script = Callable[[str], ModuleType]
 
 # As the command line does, before torch is loaded: spinning threads make a busy machine crawl.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
+BENCHMARKS = REPOSITORY / "benchmarks"
 ECOLI = REPOSITORY / "pipelines" / "demo" / "ecoli_K12_MG1655.2bit"
 
 
@@ -54,3 +59,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         return Cache.open(paths[kind], check=check)
 
     return opened
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
+    """`script("stream")`: a module of benchmarks/, which are no package."""
+    known = set(sys.modules)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield import_module
+    for name in set(sys.modules) - known:
+        if (BENCHMARKS / f"{name}.py").exists():
+            del sys.modules[name]

@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import http.client
 import json
-import sys
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import Script
 
 from had_pipe.cache import Cache
 
-BENCHMARKS = REPOSITORY / "benchmarks"
 WINDOWS, PART, BATCH = 300, 50, 64
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """A module of benchmarks/, which are no package."""
-    known = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield import_module
-    for name in set(sys.modules) - known:
-        if (BENCHMARKS / f"{name}.py").exists():
-            del sys.modules[name]
-
-
-@pytest.fixture
-def cache(script: Callable[[str], ModuleType], tmp_path: Path) -> Path:
+def cache(script: Script, tmp_path: Path) -> Path:
     built: Path = script("synthetic").build(
         tmp_path / "cache", windows=WINDOWS, part=PART, kmers=12, masked=2, channels=16
     )
@@ -45,7 +29,7 @@ def cache(script: Callable[[str], ModuleType], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def job(script: Callable[[str], ModuleType], cache: Path, tmp_path: Path) -> tuple[Any, Any]:
+def job(script: Script, cache: Path, tmp_path: Path) -> tuple[Any, Any]:
     """The windows of a cache, and a peer's first line: rows in batches that cut shards and runs."""
     peers = script("against_peers")
     with Cache.open(cache) as opened:
@@ -78,7 +62,7 @@ def job(script: Callable[[str], ModuleType], cache: Path, tmp_path: Path) -> tup
     ],
 )
 def test_a_peer_delivers_every_window_once_and_tells_what_it_took(
-    name: str, script: Callable[[str], ModuleType], job: tuple[Any, Any], tmp_path: Path
+    name: str, script: Script, job: tuple[Any, Any], tmp_path: Path
 ) -> None:
     peers, (windows, line) = script("against_peers"), job
     (known,) = peers.chosen([name])
@@ -94,9 +78,7 @@ def test_a_peer_delivers_every_window_once_and_tells_what_it_took(
     assert done.cpu_seconds >= 0
 
 
-def test_a_peer_that_fails_says_why(
-    script: Callable[[str], ModuleType], job: tuple[Any, Any], tmp_path: Path
-) -> None:
+def test_a_peer_that_fails_says_why(script: Script, job: tuple[Any, Any], tmp_path: Path) -> None:
     peers = script("against_peers")
     known = peers.Known("none", "peer_arrow.py", ("no such way",))
     with pytest.raises(peers.PeerFailed, match="no such way"):
@@ -104,7 +86,7 @@ def test_a_peer_that_fails_says_why(
 
 
 def test_who_delivers_a_strange_window_or_one_twice_or_wrong_bytes_is_not_timed(
-    script: Callable[[str], ModuleType], job: tuple[Any, Any]
+    script: Script, job: tuple[Any, Any]
 ) -> None:
     peers, (windows, _) = script("against_peers"), job
     raw = np.fromfile(windows.raw, dtype=np.uint8).reshape(WINDOWS, -1)
@@ -127,7 +109,7 @@ def test_who_delivers_a_strange_window_or_one_twice_or_wrong_bytes_is_not_timed(
 
 
 def test_the_benchmark_runs_and_its_page_and_plot_say_what_it_found(
-    script: Callable[[str], ModuleType],
+    script: Script,
     cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -166,9 +148,7 @@ def test_the_benchmark_runs_and_its_page_and_plot_say_what_it_found(
         report.put("no marks", "new")
 
 
-def test_the_link_answers_late_and_no_faster_than_its_rate(
-    script: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
+def test_the_link_answers_late_and_no_faster_than_its_rate(script: Script, tmp_path: Path) -> None:
     link = script("link")
     content = np.random.default_rng(0).bytes(1 << 20)
     (tmp_path / "inside").mkdir()
@@ -200,9 +180,7 @@ def test_the_link_answers_late_and_no_faster_than_its_rate(
         thread.join()
 
 
-def test_what_was_read_is_known_to_lie_in_memory(
-    script: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
+def test_what_was_read_is_known_to_lie_in_memory(script: Script, tmp_path: Path) -> None:
     measuring = script("measuring")
     file = tmp_path / "file"
     file.write_bytes(bytes(1 << 20))
