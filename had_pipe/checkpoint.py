@@ -28,8 +28,6 @@ from had_pipe.durable import make_folder, publish, storage, sync_folder
 from had_pipe.errors import InputError
 
 FORMAT = "had-checkpoint/1"
-KEPT = 2
-"""Complete checkpoints kept: the newest, and one to fall back to."""
 
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -48,12 +46,13 @@ class State:
     """Whatever is JSON."""
 
 
-def save(folder: Path, state: State, *, run: str) -> Path:
-    """Save a state as the newest checkpoint of the run, then drop all but the newest two.
+def save(folder: Path, state: State, *, run: str, keep: int = 2) -> Path:
+    """Save a state as the newest checkpoint of the run, then drop all but the newest `keep`.
 
     Raises StorageError where the disk fails; the earlier checkpoints are then as they were. Only
     one process may save into a folder at a time.
     """
+    assert keep > 0
     make_folder(folder)
     with storage(folder):
         for leftover in folder.glob(".step-*"):
@@ -90,7 +89,7 @@ def save(folder: Path, state: State, *, run: str) -> Path:
     publish(aside, final)
     # Later ones could not be read, or the run would not stand here: they do not count.
     sound = [path for path in checkpoints(folder) if _step(path) <= state.step]
-    for old in sound[KEPT:]:
+    for old in sound[keep:]:
         _discard(old)
     return final
 
@@ -153,6 +152,28 @@ def _read(path: Path, *, run: str) -> State:
             )
         tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
     return State(step=document["step"], tensors=tensors, facts=document["facts"])
+
+
+def pack(state: State) -> bytes:
+    """A state as one piece, for processes that do not see the folder."""
+    told = {"step": state.step, "facts": dict(state.facts), "groups": list(state.tensors)}
+    tensors = {
+        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        for group, tensors in state.tensors.items()
+        for name, tensor in tensors.items()
+    }
+    return safetensors.torch.save(tensors, {"state": json.dumps(told, allow_nan=False)})
+
+
+def unpack(data: bytes) -> State:
+    """What `pack` was given."""
+    length = int.from_bytes(data[:8], "little")
+    told = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["state"])
+    tensors: dict[str, dict[str, Tensor]] = {group: {} for group in told["groups"]}
+    for key, tensor in safetensors.torch.load(data).items():
+        group, _, name = key.partition("/")
+        tensors[group][name] = tensor
+    return State(step=told["step"], tensors=tensors, facts=told["facts"])
 
 
 def optimiser_state(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,8 +9,9 @@ bases, E width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def parameter_groups(modules: Sequence[nn.Module], weight_decay: float) -> list[
 
 @dataclass(frozen=True)
 class Gradient:
-    """What one batch asks for; the weights have not been changed yet."""
+    """What one batch of all processes asks for; the weights have not been changed yet."""
 
     loss: Tensor
     norm: Tensor
@@ -102,25 +103,65 @@ class Learner:
             fused=True,
         )
         self._parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
+        self._loss_terms = torch.zeros(len(TERMS), device=device)
+        self._updates = 0
+        self._average = (
+            None if train.ema is None else [p.detach().clone() for p in self._parameters]
+        )
 
-    def gradient(self, step: int, batch: Batch) -> Gradient:
-        """What a batch asks of the weights."""
+    def learn(self, step: int, batch: Batch) -> None:
+        """Find what the weights lack on this process's share of a step's batch, in portions."""
         for group in self._optimiser.param_groups:
             group["lr"] = learning_rate(self._train, step)
         self._optimiser.zero_grad(set_to_none=True)
-        losses = self._losses(batch)
-        losses.total.backward()
+        portions = list(_portions(batch, self._train.micro_batch))
+        terms = []
+        for portion in portions:
+            losses = self._losses(portion)
+            (losses.total / len(portions)).backward()
+            terms.append(torch.stack(_terms(losses)))
+        # Portions are equally long: the batch's means are the means of theirs.
+        self._loss_terms = torch.stack(terms).mean(dim=0)
+
+    def gradient(self, average: Callable[[Tensor], None]) -> Gradient:
+        """What was learnt since the last update; `average` makes a tensor the processes' mean."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        # In one piece: a reduction costs its delay more than its bytes.
+        flat = torch.cat([self._loss_terms, *(gradient.flatten() for gradient in gradients)])
+        average(flat)
+        terms, *parts = flat.split([len(TERMS), *(gradient.numel() for gradient in gradients)])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
         norm = nn.utils.clip_grad_norm_(self._parameters, self._train.clip).detach()
-        terms = torch.stack([*_terms(losses), norm]).double()
-        return Gradient(losses.total.detach(), norm, terms)
+        return Gradient(terms[0], norm, torch.cat([terms, norm[None]]).double())
 
     def update(self) -> None:
         """Change the weights by the last gradient."""
         self._optimiser.step()
+        self._updates += 1
+        if self._average is not None:
+            assert self._train.ema is not None
+            decay = min(self._train.ema, (1 + self._updates) / (10 + self._updates))
+            with torch.no_grad():
+                torch._foreach_lerp_(self._average, self._parameters, 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the weights are their moving average, where the recipe asks for one."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        if self._average is not None:
+            for i, parameter in enumerate(self._parameters):
+                parameter.data, self._average[i] = self._average[i], parameter.data
 
     @torch.no_grad()
-    def measure(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """The terms on windows that are not learnt from, and how many these are."""
+    def measure(self, batches: Iterable[Batch]) -> Tensor:
+        """Sums of the terms over windows that are not learnt from, and how many these are."""
         nn.Module.eval(self.student)
         self.objective.eval()
         sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self._device)
@@ -133,7 +174,7 @@ class Learner:
         finally:
             self.student.train()
             self.objective.train()
-        return {"windows": windows, **self.named((sums / windows).tolist())}
+        return torch.cat([sums, sums.new_tensor([windows])])
 
     def named(self, means: Sequence[float]) -> dict[str, float]:
         """Terms by name, but for those that are not measured."""
@@ -160,16 +201,23 @@ class Learner:
     def state(self) -> tuple[dict[str, Mapping[str, Tensor]], Any]:
         """Tensors by file, and what else the optimiser knows."""
         tensors, facts = checkpoint.optimiser_state(self._optimiser)
-        return {
+        state: dict[str, Mapping[str, Tensor]] = {
             "student": self.student.state_dict(),
             "objective": self.objective.state_dict(),
             "optimiser": tensors,
-        }, facts
+        }
+        if self._average is not None:
+            state["average"] = {str(i): tensor for i, tensor in enumerate(self._average)}
+        return state, facts
 
-    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], facts: Any) -> None:
+    def restore(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], facts: Any) -> None:
+        """Stand where a learner stood after so many updates."""
+        self._updates = step
         checkpoint.restore_optimiser(self._optimiser, tensors["optimiser"], facts)
         self.student.load_state_dict(tensors["student"])
         self.objective.load_state_dict(tensors["objective"])
+        for i, tensor in enumerate(self._average or []):
+            tensor.copy_(tensors["average"][str(i)])
 
     def _losses(self, batch: Batch) -> Losses:
         with torch.autocast(
@@ -222,6 +270,29 @@ class Learner:
         if self._device.type != "cuda":
             return hidden_BS
         return hidden_BS.pin_memory().to(self._device, non_blocking=True)
+
+
+def _portions(batch: Batch, windows: int | None) -> Iterator[Batch]:
+    """A batch in parts of so many windows."""
+    count = len(batch.kmer_id)
+    if windows is None or windows == count:
+        yield batch
+        return
+    for first in range(0, count, windows):
+        spans, begin = [], 0
+        for span in batch.spans:
+            row = span.row[max(0, first - begin) : max(0, first + windows - begin)]
+            if len(row):
+                spans.append(replace(span, row=row))
+            begin += len(span.row)
+        part = slice(first, first + windows)
+        yield replace(
+            batch,
+            kmer_id=batch.kmer_id[part],
+            mask=batch.mask[part],
+            target=batch.target[part],
+            spans=tuple(spans),
+        )
 
 
 def _terms(losses: Losses) -> list[Tensor]:

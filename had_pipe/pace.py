@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
 
+import torch
+
+from had_pipe.parallel import ALONE, Processes
 from had_pipe.sizes import size
 from had_pipe.stream import Stream, StreamStats
 
@@ -13,8 +16,8 @@ from had_pipe.stream import Stream, StreamStats
 class Pace:
     """Time spent on training since the last line of metrics, and what was read meanwhile."""
 
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
+    def __init__(self, stream: Stream, processes: Processes = ALONE) -> None:
+        self._stream, self._processes = stream, processes
         self._begun, self._aside = perf_counter(), 0.0
         # The first line also tells what a mirror did for the floors.
         self._told: StreamStats | None = None
@@ -35,22 +38,22 @@ class Pace:
         return max(perf_counter() - self._begun - self._aside, 1e-9)
 
     def reading(self) -> dict[str, float]:
-        """How reading fared, as metrics have it."""
+        """How reading fared, as metrics have it: what all processes read, and the longest wait."""
         stats = self._stream.stats()
         if self._told is not None:
             stats = stats.since(self._told)
-        told = {
-            "wait_share": min(1.0, stats.wait_seconds / self.seconds),
-            "read_bytes": stats.nbytes,
-            "read_bytes_per_second": stats.nbytes / self.seconds,
-        }
+        waited = self._processes.largest(torch.tensor([stats.wait_seconds]))
+        mirror = [] if stats.mirror is None else [stats.mirror.hits, stats.mirror.misses]
         if stats.mirror is not None:
-            told |= {
-                "mirror_hits": stats.mirror.hits,
-                "mirror_misses": stats.mirror.misses,
-                "mirror_downloaded_bytes": stats.mirror.downloaded_nbytes,
-            }
-        return told
+            mirror.append(stats.mirror.downloaded_nbytes)
+        nbytes, *mirrored = map(int, self._processes.sum(torch.tensor([stats.nbytes, *mirror])))
+        names = ("mirror_hits", "mirror_misses", "mirror_downloaded_bytes")
+        return {
+            "wait_share": min(1.0, float(waited) / self.seconds),
+            "read_bytes": nbytes,
+            "read_bytes_per_second": nbytes / self.seconds,
+            **dict(zip(names, mirrored, strict=False)),
+        }
 
 
 def shown(reading: Mapping[str, float]) -> dict[str, str]:

@@ -337,6 +337,9 @@ class Train(Section):
     """Optimiser steps."""
     batch: Annotated[int, Field(gt=0)]
     """Windows a step, over all processes."""
+    micro_batch: Annotated[int, Field(gt=0)] | None = None
+    """Windows that one process takes through the student at a time, for less memory; gradients are
+    summed up to `batch`. Without it a process takes its whole share of the batch."""
     weights: (
         Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=1)]
         | None
@@ -355,6 +358,9 @@ class Train(Section):
     """Largest global gradient norm."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the student; bfloat16 is autocast with float32 weights."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an exponential moving average of the weights, such as 0.999. It is then what is
+    validated and published. It warms up: after step t the decay is at most (1 + t) / (10 + t)."""
     seed: Seed = 0
     """Seed of the student's first weights and of the order of windows."""
     log_every: Annotated[int, Field(gt=0)] = 10
@@ -367,9 +373,16 @@ class Train(Section):
     """The split that is held out; without it in the cache nothing is validated."""
     checkpoint_every: Annotated[int, Field(gt=0)] = 500
     """Steps between checkpoints; the last step always makes one."""
+    keep: Annotated[int, Field(gt=0)] = 2
+    """Checkpoints kept: the newest, and those before it to fall back to."""
+    track: tuple[Literal["tensorboard", "wandb"], ...] = Field(default=(), strict=False)
+    """Who else is told of the metrics: "tensorboard" writes into the run's folder, "wandb" follows
+    WANDB_MODE and its fellows. Both come with the extra `track`."""
 
     @model_validator(mode="after")
     def _schedule(self) -> Self:
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch = {self.micro_batch}: must divide batch = {self.batch}")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup = {self.warmup}: must be less than steps = {self.steps}")
         if self.lr_final > self.lr:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from had_pipe.errors import Interrupted
 
@@ -56,11 +57,29 @@ class Signals:
         self._waiting = True
         try:
             if self.caught:
-                self._release()
-                raise Stopped
+                self.obey(self.number)
             return get()
         finally:
             self._waiting = False
+
+    @property
+    def number(self) -> int:
+        """Of the signal that came; 0 before one does."""
+        return signal.Signals[self.caught].value if self.caught else 0
+
+    def obey(self, number: int) -> NoReturn:
+        """Raise Stopped for a signal that came here, or to a process that this one works with."""
+        self.caught = self.caught or signal.Signals(number).name
+        self._release()
+        raise Stopped
+
+    @contextmanager
+    def interrupting(self, where: str) -> Iterator[None]:
+        """Raise Interrupted where Stopped comes out of the block."""
+        try:
+            yield
+        except Stopped:
+            self.stop(where)
 
     def stop(self, where: str) -> None:
         """Raise Interrupted if a signal came."""

@@ -304,6 +304,8 @@ def first_windows(
     split: str,
     windows: int,
     batch: int,
+    rank: int = 0,
+    ranks: int = 1,
     space: Space = "raw",
     device: torch.device | str = "cpu",
     threads: int | None = None,
@@ -312,9 +314,10 @@ def first_windows(
     """The first windows of a split, once, under its first view: at most `windows` of all caches.
 
     Rows were shuffled when the cache was planned, so these are a random sample of the split. Each
-    cache gives its share. The last batch may be smaller. `ahead` has mirrors bring them ahead of
-    need, and forget what else was to come.
+    cache gives its share. The last batch may be smaller. Rank r of R gets every R-th batch. `ahead`
+    has mirrors bring them ahead of need, and forget what else was to come.
     """
+    assert 0 <= rank < ranks
     require_alike(caches, space=space)
     for cache in caches:
         require_split(cache, split)
@@ -335,7 +338,7 @@ def first_windows(
     feed = Feed(
         caches,
         split=split,
-        plans=enumerate(plans),
+        plans=enumerate(plans[rank::ranks]),
         windows=batch,
         space=space,
         device=torch.device(device),

@@ -270,7 +270,7 @@ def test_a_validation_that_is_stopped_is_made_by_whoever_goes_on(
 
     recipe = a_recipe(cache, tmp_path / "run")
     with monkeypatch.context() as patched:
-        patched.setattr("had_pipe.distill.first_windows", stalling)
+        patched.setattr("had_pipe.held_out.first_windows", stalling)
         with pytest.raises(Interrupted, match=f"after step {10 * which} of 20, saved"):
             distill(recipe)
         assert not (tmp_path / "run" / "student").exists()

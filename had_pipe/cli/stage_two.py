@@ -98,9 +98,12 @@ def distill(
             device=device.value,
             report=report,
         )
+    from had_pipe.parallel import Place
     from had_pipe.run import read_run
     from had_pipe.verdicts import verdicts
 
+    if Place.of().rank > 0:  # of several processes the first one speaks
+        return
     if made.already_done:
         done = f"nothing was left to do: all {count(made.steps, 'step')} were done"
     else:
