@@ -212,13 +212,12 @@ class Attempts:
                 found.append(Attempt(**json.loads(path.read_text("utf-8"))))
         return found
 
-    def begin(self, attempt: Attempt) -> Path:
-        path = self._folder / f"{self._stem}.{uuid.uuid4().hex}.json"
-        make_folder(self._folder)
-        self.say(path, attempt)
-        return path
+    def place(self) -> Path:
+        """Where another attempt is to be written."""
+        return self._folder / f"{self._stem}.{uuid.uuid4().hex}.json"
 
     def say(self, path: Path, attempt: Attempt) -> None:
+        make_folder(self._folder)
         write_file(path, layout.canonical_json(asdict(attempt)), aside=self._folder)
 
     def forget(self) -> None:
@@ -389,8 +388,9 @@ class Bench(WorkerPlugin):
     ) -> Told:
         check_room(self.path, maker.plan, [part])
         attempt = Attempt(self.process, alone)
-        record = attempts.begin(attempt)
-        self._begun.add(record)
+        record = attempts.place()
+        self._begun.add(record)  # before it is there: whoever sees it may send this worker away
+        attempts.say(record, attempt)
         if self._leaving:
             record.unlink(missing_ok=True)
         try:

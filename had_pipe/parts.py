@@ -392,7 +392,8 @@ def _noted_numerics(cache: Path, teacher: Teacher, *, kmers: int, part: int) -> 
         # Those of another class may have gone before they made anything.
         if batch_of(noted, teacher, part=part) is not None or _at_work(cache):
             return noted
-    numerics = {**teacher.numerics, "batch": fit_batch(teacher, kmers=kmers, part=part)}
+    batch = fit_batch(teacher, kmers=kmers, part=part)
+    numerics = {**teacher.numerics, "batch": batch}
     _note_numerics(cache, numerics)
     return numerics
 

@@ -145,7 +145,8 @@ def a_bench(place: Place, teacher: Callable[[], Any] | None = None, **changed: A
 
 def died(place: Place, part: Part, *, alone: bool, process: str = "process 7 on gone") -> None:
     """As a worker that was killed at work on a part leaves it."""
-    Attempts(place.path, part).begin(Attempt(process, alone))
+    attempts = Attempts(place.path, part)
+    attempts.say(attempts.place(), Attempt(process, alone))
 
 
 def test_a_part_is_made_once_and_leaves_no_attempt_behind(place: Place) -> None:
