@@ -216,8 +216,15 @@ def _load(named: Recipe | str, plan: Plan, device: str, offline: bool) -> Teache
     else:
         name = named
         revision = None if Path(name).expanduser().is_dir() else plan.teacher.revision
+    # In the plan's own type: its limit is for that one. No teacher that is loaded says float16.
+    dtype = "auto" if plan.teacher.dtype == "float16" else plan.teacher.dtype
     return load_teacher(
-        name, revision=revision, layer=plan.teacher.layer, device=device, offline=offline
+        name,
+        revision=revision,
+        layer=plan.teacher.layer,
+        device=device,
+        dtype=dtype,
+        offline=offline,
     )
 
 

@@ -235,13 +235,24 @@ def compiled_block(model: NTv2) -> RunBlock | None:
     """
     # Seconds of importing, which nobody else needs.
     from torch._dynamo import config as dynamo
+    from torch._dynamo.exc import TorchDynamoException
     from torch._inductor import config as inductor
 
     # Kernels are chosen by rule and not by a race, so that two processes choose the same.
     options: dict[str, Any] = {"deterministic": True} if hasattr(inductor, "deterministic") else {}
-    run: RunBlock = torch.compile(Block.forward, dynamic=False, fullgraph=True, options=options)
-    # A shape more than torch allows for would end in an error; nobody has so many.
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_SHAPES)
+    fused = torch.compile(Block.forward, dynamic=False, fullgraph=True, options=options)
+
+    def run(block: Any, x_WTD: Tensor, rotary: Rotary, attend: Tensor | None) -> Tensor:
+        # The settings are each thread's own, and past the limit a new shape is an error.
+        if dynamo.recompile_limit < _MOST_SHAPES:
+            dynamo.recompile_limit = _MOST_SHAPES
+        try:
+            out: Tensor = fused(block, x_WTD, rotary, attend)
+        except TorchDynamoException as error:
+            error.add_note("With TORCHDYNAMO_DISABLE=1 had-pipe runs the teacher uncompiled.")
+            raise
+        return out
+
     weight = model.embedding.weight
     config = model.config
     try:
