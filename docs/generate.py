@@ -119,11 +119,13 @@ def _kind(key: str, field: FieldInfo) -> str:
             metadata += annotation.__metadata__
             annotation = annotation.__origin__
     if get_origin(annotation) is Literal:
-        return " or ".join(f"`{json.dumps(value)}`" for value in get_args(annotation))
+        return _one_of(annotation)
     word = {bool: "true or false", int: "integer", float: "number", str: "string", Path: "path"}
     listed = get_origin(annotation) is tuple
     if listed:
         annotation, metadata = get_args(annotation)[0], []
+        if get_origin(annotation) is Literal:
+            return f"list of {_one_of(annotation)}"
         if hasattr(annotation, "__metadata__"):
             metadata, annotation = list(annotation.__metadata__), annotation.__origin__
     # Pydantic keeps the rules of an inner type together in a field of its own.
@@ -138,6 +140,10 @@ def _kind(key: str, field: FieldInfo) -> str:
     ]
     kind = f"list of {word[annotation]}s" if listed else word[annotation]
     return ", ".join([kind, *bounds])
+
+
+def _one_of(annotation: Any) -> str:
+    return " or ".join(f"`{json.dumps(value)}`" for value in get_args(annotation))
 
 
 def _bound(value: float) -> str:
