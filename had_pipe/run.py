@@ -235,6 +235,13 @@ def read_run(folder: Path) -> RunRecord:
             f"{told}: format {found!r}, but this had-pipe reads {FORMAT!r}; use the version "
             "that made the run."
         )
+    try:
+        identity(run)
+        int(run["recipe"]["train"]["steps"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{told}: is not the record of a run ({error!r}); the file was changed by hand."
+        ) from error
     rows = read_metrics(folder)
     floors = [row for row in rows if row["kind"] == "floors"]
     return RunRecord(

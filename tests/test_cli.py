@@ -113,6 +113,7 @@ def test_the_command_line_is_the_documented_one_and_no_more() -> None:
             "--device",
         },
         "report": {"--cache", "--annotation", "--out"},
+        "compare": {"--out", "--json"},
         "doctor": {"--json"},
         "cache": set(),
         "teachers": {"--in", "--json"},

@@ -58,6 +58,7 @@ def write_run(folder: Path, rows: list[dict[str, Any]], **changed: Any) -> Path:
     """A run folder of the documented form."""
     run = {
         "format": "had-run/1",
+        "order": 1,
         "recipe": {
             "cache": {"codec": "int8", "part": 128},
             "student": {"hidden_size": 128, "layers": 4},

@@ -50,6 +50,20 @@ def print_line(line: str = "", style: str = "") -> None:
     console.print(Text(harmless(line), style=style))
 
 
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns, the first to the left, the others to the right; empty ones are left out."""
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+    lines = [[harmless(line[i]) for i in kept] for line in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for place, line in enumerate(lines):
+        cells = [
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        console.print(Text("  ".join(cells).rstrip(), style="" if place else "bold"))
+
+
 def print_json(value: object) -> None:
     print(json.dumps(value, default=_as_json, indent=2, allow_nan=False))
 

@@ -1,4 +1,4 @@
-"""The verbs of stage two: training a student, and a page about it."""
+"""The verbs of stage two: training a student, a page about it, and runs side by side."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Annotated
 
 import typer
 
-from had_pipe.cli.arguments import Device, DeviceOption, RecipeArgument
+from had_pipe.cli.arguments import Device, DeviceOption, JsonOption, RecipeArgument
 from had_pipe.cli.shown import (
     answering,
+    as_json_object,
     continued,
     count,
     duration,
     print_facts,
+    print_json,
+    print_line,
+    print_table,
     reporter,
     say_next,
 )
@@ -179,3 +183,40 @@ def report(
     page = write_report(run, out, features=features)
     print_facts(continued("measured", verdicts(record)))
     print_facts([("page", str(page.resolve()))])
+
+
+@answering
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="The runs' folders, two or more.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where to write the page, instead of compare.html beside the first.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put runs side by side, in a table and on one HTML page.
+
+    In which recipe keys they differ, and how they fare on held-out windows beside the floors. Runs
+    that differ in the seed alone are also told as mean and standard deviation; runs that were
+    measured on other windows stand in tables of their own.
+    """
+    from had_pipe.compare import PAGE, headings, rows, write_comparison
+    from had_pipe.compare import compare as hold_against
+
+    found = hold_against(runs)
+    page = out or runs[0].parent / PAGE
+    write_comparison(found, page)
+    if as_json:
+        print_json({**as_json_object(found), "page": page.resolve()})
+        return
+    for table in found.tables:
+        print_line(f"held out: {table.held_out}", style="bold")
+        print_table(headings(found), [cells for _, cells in rows(found, table)])
+        print_line()
+        print_facts(continued("note", table.notes))
+    print_facts([*continued("note", found.notes), ("page", str(page.resolve()))])
