@@ -91,12 +91,13 @@ def _read_gff(path: Path) -> Iterator[Region]:
     try:
         with open_unpacked(path) as file:
             lines: Iterator[Any] = iter(file)
+            features = True
             for number, raw in enumerate(lines, start=1):
                 # Names of genes and notes may be in any alphabet; what counts here is not.
                 text = raw.decode("utf-8", "replace").rstrip("\r\n")
-                if text.startswith(("##FASTA", ">")):
-                    return
-                if text.strip() and not text.startswith("#"):
+                # Sequence may follow; it is read over, since only its end shows that gzip is whole.
+                features = features and not text.startswith(("##FASTA", ">"))
+                if features and text.strip() and not text.startswith("#"):
                     yield _gff_region(text, f"{path}: line {number}")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected GFF3 or GTF") from None
