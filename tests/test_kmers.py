@@ -104,6 +104,19 @@ def test_a_mask_hides_exactly_so_many_groups_those_with_the_smallest_draws(
         assert np.flatnonzero(row).tolist() == sorted(smallest)
 
 
+@given(
+    keys=st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=4),
+    masked=st.integers(0, 9),
+)
+def test_of_equal_draws_the_earlier_place_is_hidden(keys: list[list[int]], masked: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("had_pipe.dna.kmers.draws", lambda *_, **__: np.array(keys, dtype=np.uint64))
+        mask = group_masks(seed=0, view=0, first=0, windows=len(keys), kmers=9, masked=masked)
+    for row, own in zip(mask, keys, strict=True):
+        smallest = sorted(range(9), key=lambda t: (own[t], t))[:masked]
+        assert np.flatnonzero(row).tolist() == sorted(smallest)
+
+
 @given(first=st.integers(0, 10**9), split=st.integers(0, 9), view=st.integers(0, 3))
 def test_masks_and_strands_do_not_depend_on_how_windows_are_grouped(
     first: int, split: int, view: int

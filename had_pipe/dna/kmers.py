@@ -93,10 +93,14 @@ def base_masks(
 
 def _smallest(keys_WN: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.bool_]:
     """True at the `count` smallest keys of each row, ties by position."""
-    order = np.argsort(keys_WN, axis=1, kind="stable")
-    mask = np.zeros(keys_WN.shape, dtype=np.bool_)
-    np.put_along_axis(mask, order[:, :count], True, axis=1)
-    return mask
+    if count == 0:
+        return np.zeros(keys_WN.shape, dtype=np.bool_)
+    # A partition costs a tenth of sorting.
+    mask = keys_WN <= np.partition(keys_WN, count - 1, axis=1)[:, count - 1, None]
+    for w in np.flatnonzero(mask.sum(axis=1) > count):  # the last one has its equal
+        mask[w] = False
+        mask[w, np.argsort(keys_WN[w], kind="stable")[:count]] = True
+    return np.asarray(mask, dtype=np.bool_)
 
 
 def strand_flips(
