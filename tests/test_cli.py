@@ -112,6 +112,7 @@ def test_the_command_line_is_the_documented_one_and_no_more() -> None:
             *("--cache", "--mirror", "--mirror-size", "--prefetch", "--direct", "--through-zarr"),
             "--device",
         },
+        "embed": {"--student", "--out", "--per", "--window", "--overlap", "--device"},
         "report": {"--cache", "--annotation", "--out"},
         "compare": {"--out", "--json"},
         "doctor": {"--json"},

@@ -78,7 +78,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *{"checkpoint", "learner", "signals", "pace", "hold", "run", "card"},
         *{"parallel", "track", "finite", "held_out", "task"},
     },
+    "vectors": {"errors", "durable"},
+    "embed": {"errors", "progress", "dna", "students", "vectors"},
     "cli": {
+        "embed",
         "dna",  # inspect spells a k-mer
         *{"errors", "progress", "sizes", "durable", "hold", "recipe", "cache"},
         *{"survey", "extract", "cluster", "audit", "distill", "run", "report", "teachers"},
@@ -90,9 +93,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 OWNERS: dict[str, set[str]] = {
     "obstore": {"cache.remote"},
-    "zarr": {"cache"},
+    "zarr": {"cache", "vectors"},
     "numcodecs": {"cache"},
-    "pyarrow": {"cache"},
+    "pyarrow": {"cache", "vectors"},
     "crc32c": {"cache"},
     "threadpoolctl": {"cache"},
     "dask": {"cluster"},
@@ -119,6 +122,7 @@ OWNERS: dict[str, set[str]] = {
         "floors",
         "features",
         "feed",
+        "embed",
         "learner",
         *{"parallel", "pace", "held_out", "task"},
         "track",  # its writer of TensorBoard's files

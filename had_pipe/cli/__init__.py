@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from had_pipe import __version__
-from had_pipe.cli import caches, doctor, stage_one, stage_two, teachers
+from had_pipe.cli import caches, doctor, stage_one, stage_two, students, teachers
 
 __all__ = ["app", "main"]
 
@@ -42,6 +42,7 @@ app.command("extract-teacher")(stage_one.extract_teacher)
 app.command()(stage_two.distill)
 app.command()(stage_two.report)
 app.command()(stage_two.compare)
+app.command()(students.embed)
 app.add_typer(_cache, name="cache")
 _cache.command()(caches.inspect)
 _cache.command()(caches.fetch)

@@ -58,6 +58,8 @@ class HADConfig(PreTrainedConfig):
     """Heads of the cross-attention that reads masked bases (masked-language head only)."""
     classifier_dropout: float = 0.0
     """Share of a sequence's mean feature that training of the classification head drops."""
+    window_bases: int = 1_020
+    """Bases of the windows it was trained on; it reads sequences of any length."""
     initializer_range: float = 0.02
     """Standard deviation of first weights."""
     pad_token_id: int = PAD
