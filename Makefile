@@ -1,6 +1,7 @@
 # make demo   a real genome in, a cache, a student, a page: minutes on two cores
 # make test   the test suite; test-slow, test-kernels, lint, types, docs, clean
 # make bench-stream   what stage two reads, against the hardware; bench-peers: against other loaders
+# make bench-teacher  the teacher against published code and this CPU; bench-gpu: all that wants a GPU
 #
 # The first target that needs it makes .venv from constraints.txt. PYTHON=... chooses the Python.
 
@@ -8,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-kernels lint types docs bench-stream bench-peers clean
+.PHONY: help demo test test-slow test-kernels lint types docs bench-stream bench-peers bench-teacher bench-gpu clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -101,6 +102,30 @@ bench-stream: $(INSTALLED)
 
 bench-peers: $(INSTALLED) $(PEERS)
 	$(BIN)/python benchmarks/stream.py $(BENCH) --json --only peers
+
+bench-teacher: $(INSTALLED)
+	$(BIN)/python benchmarks/teacher.py $(BENCH) --json --device cpu
+
+# Right first, then fast: the tests that want a GPU, then scripts that check what they time. The
+# first wrong result ends it all; tables and JSON of those before it stay in benchmarks/results.
+bench-gpu: $(INSTALLED)
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
+	  f"make: torch {torch.__version__} finds no CUDA device here, so nothing was measured; " \
+	  "make bench-teacher measures the teacher on this CPU")'
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	@mkdir -p benchmarks/results; \
+	measure() { \
+	  printf '\n$$ python benchmarks/%s.py %s\n' "$$1" "$${*:2}"; \
+	  $(BIN)/python benchmarks/$$1.py "$${@:2}" > benchmarks/results/$$1.txt; \
+	  tail -n 1 benchmarks/results/$$1.txt > benchmarks/results/$$1.json; \
+	  sed -i '$$d' benchmarks/results/$$1.txt; \
+	  cat benchmarks/results/$$1.txt; \
+	}; \
+	measure teacher $(BENCH) --json --device cuda; \
+	measure extract $(BENCH) --json --device cuda; \
+	measure stream $(BENCH) --json --only local wait; \
+	measure online_vs_cached $(BENCH) --json --device cuda; \
+	printf '\nThe tables above and their JSON lie in benchmarks/results\n'
 
 # Loaders that cannot live together, or not with us. zarr-python 3.4 needs Python 3.12 or later;
 # where there is none, `make bench-peers` goes on without that environment, and says so.

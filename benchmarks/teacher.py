@@ -44,7 +44,7 @@ import numpy.typing as npt
 import safetensors.torch
 import torch
 from eager_ntv2 import EagerNTv2
-from measuring import commit, machine, rounds, settled
+from measuring import Clock, Pass, commit, machine, rounds, settled
 from torch import Tensor
 
 import had_pipe
@@ -62,7 +62,7 @@ from had_pipe.teachers.ntv2 import (
     random_model,
 )
 from had_pipe.teachers.ntv2_checkpoint import load_checkpoint, save_checkpoint
-from had_pipe.teachers.numerics import compute_dtype, dtype_name
+from had_pipe.teachers.numerics import compute_dtype, dtype_name, fit_threads
 
 SECTIONS = ("speed", "numerics")
 GENOME_BASES = 3.1e9
@@ -215,19 +215,22 @@ def is_compiled(teacher: NTv2Teacher) -> bool:
 
 
 class Timed:
-    """Calls something so often that it takes a while, and tells the seconds of one call."""
+    """Calls something so often that it takes a while, and tells what one call took."""
 
     def __init__(self, run: Callable[[], object], device: torch.device, *, seconds: float) -> None:
         self._run, self._device = run, device
         self._calls = 1
         run()  # compiles, and makes what is made once
-        self._calls = max(1, round(seconds / self()))
+        self._calls = max(1, round(seconds / self().seconds))
 
-    def __call__(self) -> float:
-        begun = settled(self._device)
+    def __call__(self) -> Pass:
+        settled(self._device)
+        clock = Clock()
         for _ in range(self._calls):
             self._run()
-        return (settled(self._device) - begun) / self._calls
+        settled(self._device)
+        whole = clock.passed(0)
+        return Pass(0, whole.seconds / self._calls, whole.cpu_seconds / self._calls)
 
 
 def matrix_product(edge: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
@@ -308,7 +311,7 @@ def _measure_dtype(
     torch.compiler.reset()
     checks: dict[str, Any] = {}
     absent: dict[str, str] = {}
-    contenders: dict[str, Callable[[], float]] = {}
+    contenders: dict[str, Callable[[], Pass]] = {}
 
     def timed(run: Callable[[], object]) -> Timed:
         return Timed(run, device, seconds=size.seconds)
@@ -339,14 +342,15 @@ def _measure_dtype(
                 absent["ours, CUDA graph"] = str(error).splitlines()[0]
     contenders["matrix product"] = timed(matrix_product(size.product, dtype, device))
     taken = rounds(contenders, size.rounds)
-    product = [2 * size.product**3 / seconds for seconds in taken.pop("matrix product")]
+    product = [2 * size.product**3 / done.seconds for done in taken.pop("matrix product")]
     tokens = windows.token.numel()
     bases = windows.kmer_id.size * K
     ways = {}
-    for name, seconds in taken.items():
-        ratio = [a / b for a, b in zip(taken["peer"], seconds, strict=True)]
-        share = [flops / s / peak for s, peak in zip(seconds, product, strict=True)]
-        median = statistics.median(seconds)
+    for name, passes in taken.items():
+        rivals = list(zip(taken["peer"], passes, strict=True))
+        ratio = [peers.seconds / own.seconds for peers, own in rivals]
+        share = [flops / own.seconds / peak for own, peak in zip(passes, product, strict=True)]
+        median = statistics.median(own.seconds for own in passes)
         ways[name] = {
             "seconds": median,
             "tokens_per_second": tokens / median,
@@ -354,6 +358,10 @@ def _measure_dtype(
             "minutes_for_genome": GENOME_BASES / (bases / median) / 60,
             "peak_share": statistics.median(share),
             "ratio_eager": statistics.median(ratio),
+            # By the processors' own time, which others on the machine take less from.
+            "ratio_eager_cpu_seconds": statistics.median(
+                peers.cpu_seconds / own.cpu_seconds for peers, own in rivals
+            ),
             "range": [min(ratio), max(ratio)],
         }
     return {
@@ -507,7 +515,8 @@ def table(result: dict[str, Any]) -> str:
                     f"    {name:<17}{way['tokens_per_second']:>11,.0f} tokens/s"
                     f"{way['bases_per_second'] / 1e6:>9,.3f} Mb/s"
                     f"{way['peak_share']:>8.1%} of peak"
-                    f"   x {way['ratio_eager']:.2f} ({low:.2f} to {high:.2f})"
+                    f"   x {way['ratio_eager']:.2f} ({low:.2f} to {high:.2f}; "
+                    f"by CPU seconds {way['ratio_eager_cpu_seconds']:.2f})"
                     f"   3.1 Gb in {way['minutes_for_genome']:,.0f} min"
                 )
             lines += [f"    {name:<17}{why}" for name, why in found["absent"].items()]
@@ -552,6 +561,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    fit_threads()
     size = sizes(full=chosen.full, cuda=device.type == "cuda")
     cells = tuple(
         cell
