@@ -34,11 +34,13 @@ def build_cache(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     parts: int | None = None,
     licence: str = "CC-BY-NC-SA-4.0",
+    soft_masked: bool = False,
 ) -> Path:
     """A sealed cache of random windows; two of equal shape have one teacher, whatever their seed.
 
     `spoilt` is a training window whose embeddings are NaN; no writer of ours would let it pass.
-    With `parts`, only so many parts are made and the cache is left unsealed.
+    With `parts`, only so many parts are made and the cache is left unsealed. `soft_masked` windows
+    have every share of lower case from none to all.
     """
     map_4D = np.random.default_rng(0).normal(size=(4, channels)).astype(np.float32)
     masked = dna.masked_groups(0.15, kmers)
@@ -57,7 +59,9 @@ def build_cache(
                 contig=zeros,
                 contigs=["one"],
                 start=index * kmers * dna.K,
-                soft_masked_bases=zeros,
+                soft_masked_bases=(
+                    (index % 5 * kmers * dna.K // 4).astype(np.int32) if soft_masked else zeros
+                ),
                 index=index,
             ),
             kmer_id=rng.integers(0, dna.KMERS, (count, kmers), dtype=np.uint16),
