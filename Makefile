@@ -113,7 +113,7 @@ bench-gpu: $(INSTALLED)
 	  f"make: torch {torch.__version__} finds no CUDA device here, so nothing was measured; " \
 	  "make bench-teacher measures the teacher on this CPU")'
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
-	@mkdir -p benchmarks/results; \
+	@mkdir -p benchmarks/results; rm -f benchmarks/results/*; \
 	measure() { \
 	  printf '\n$$ python benchmarks/%s.py %s\n' "$$1" "$${*:2}"; \
 	  $(BIN)/python benchmarks/$$1.py "$${@:2}" > benchmarks/results/$$1.txt; \
@@ -124,6 +124,7 @@ bench-gpu: $(INSTALLED)
 	measure teacher $(BENCH) --json --device cuda; \
 	measure extract $(BENCH) --json --device cuda; \
 	measure stream $(BENCH) --json --only local wait; \
+	measure student $(BENCH) --json --device cuda; \
 	measure online_vs_cached $(BENCH) --json --device cuda; \
 	printf '\nThe tables above and their JSON lie in benchmarks/results\n'
 

@@ -1,4 +1,4 @@
-"""benchmarks/teacher.py: the peer is right, and so is what is counted."""
+"""benchmarks/teacher.py and online_vs_cached.py: the peer is right, and so is what they count."""
 
 from __future__ import annotations
 
@@ -156,3 +156,35 @@ def test_the_teachers_benchmark_runs_and_tells_what_it_found(
     told = teacher.table(result)
     assert "50m, 120 bases: 3 windows of 21 tokens" in told
     assert all(name in told for name in ways)
+
+
+def test_online_and_cached_steps_are_held_against_each_other(
+    script: Script, tmp_path: Path
+) -> None:
+    online = script("online_vs_cached")
+    size = online.Size((online.Case("50m", 120, batch=2, windows=8, steps=2),), rounds=1)
+    result = online.measure(size, tmp_path, device=CPU, shapes={"50m": SMALL})
+    assert json.loads(json.dumps(result)) == result
+    (case,) = result["cases"]
+    assert case["check"]["largest_difference"] <= 1e-6
+    assert case["check"]["equal_targets"] == 1
+    assert result["ratio_step"] == case["ratio_step"] > 0
+    assert set(case["ratio_runs"]) == {"1", "2", "5", "10"}
+    assert f"x {case['ratio_step']:.2f}" in online.table(result)
+
+
+def test_a_teacher_that_says_something_else_than_the_cache_stops_the_comparison(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online = script("online_vs_cached")
+    true = online.Online.batch
+
+    def shifted(self: object, number: int) -> object:
+        batch = true(self, number)
+        batch.target[0] += 0.1
+        return batch
+
+    monkeypatch.setattr(online.Online, "batch", shifted)
+    size = online.Size((online.Case("50m", 120, batch=2, windows=8, steps=2),), rounds=1)
+    with pytest.raises(AssertionError, match="losses differ"):
+        online.measure(size, tmp_path, device=CPU, shapes={"50m": SMALL})
