@@ -14,6 +14,7 @@ from typing import Any
 from had_pipe.cache import Cache
 from had_pipe.run import RunRecord
 
+_ERRORS = {"mse": "squared error", "smooth_l1": "smooth L1 error"}
 _BASE_FLOORS = {
     "accuracy": "base_frequency_accuracy",
     "reconstruct": "base_frequency_cross_entropy",
@@ -53,6 +54,8 @@ def student_card(
     body += [f"Reason recorded for this licence: {reason}" for reason in sorted(reasons)]
     validation = record.validation[-1] if record.validation else None
     floors = record.floors
+    groups = record.asked("objective", "align_on")
+    error = _ERRORS.get(record.asked("objective", "error"), "error")
     if validation and floors:
         body += [
             "",
@@ -60,8 +63,8 @@ def student_card(
             "",
             "| | student | mean of each k-mer | mean embedding | base frequencies |",
             "|---|---|---|---|---|",
-            _row("squared error of visible groups", validation, "align", floors, ".4g"),
-            _row("cosine of visible groups", validation, "cosine", floors, ".4f"),
+            _row(f"{error} of {groups} groups", validation, "align", floors, ".4g"),
+            _row(f"cosine of {groups} groups", validation, "cosine", floors, ".4f"),
             _row("cross-entropy of masked bases", validation, "reconstruct", floors, ".4f"),
             _row("accuracy of masked bases", validation, "accuracy", floors, ".4f"),
         ]

@@ -100,6 +100,9 @@ def test_a_control_trains(name: str, tmp_path: Path, made: Made) -> None:
     }
     expected = sum(found.validation[term] * weight for term, weight in weights.items() if weight)
     assert found.validation["loss"] == pytest.approx(expected, rel=1e-5)
+    card = (found.student / "README.md").read_text()
+    assert f"| cosine of {recipe.objective.align_on} groups |" in card
+    assert ("| smooth L1 error of " in card) == (recipe.objective.error == "smooth_l1")
     saved = (found.student / "config.json").read_text()
     assert f'"attention_heads": {heads}' in saved
 
