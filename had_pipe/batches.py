@@ -51,7 +51,7 @@ def fit_batch(teacher: Teacher, *, kmers: int, part: int, memory: Memory | None 
     Raises StorageError where one window does not fit.
     """
     if memory is None:
-        if not str(teacher.numerics.get("device", "")).startswith("cuda"):
+        if not on_cuda(teacher):
             return max(1, min(_WINDOWS_ON_CPU, _KMERS_ON_CPU // kmers, part))
         memory = _CudaMemory()
     windows = _evenly(part, _KMERS_ON_CUDA // kmers)
@@ -64,6 +64,10 @@ def fit_batch(teacher: Teacher, *, kmers: int, part: int, memory: Memory | None 
             )
         windows = halved(windows, part)
     return windows
+
+
+def on_cuda(teacher: Teacher) -> bool:
+    return str(teacher.numerics.get("device", "")).startswith("cuda")
 
 
 def halved(windows: int, part: int) -> int:

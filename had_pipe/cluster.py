@@ -352,7 +352,7 @@ class Bench(WorkerPlugin):
                         f"{self.process} finds no plan at {self.path}; all workers, and whoever "
                         "asks them, must see the cache at one path of a shared file system"
                     )
-                self._maker = PartMaker(self.path, teacher, threads=THREADS)
+                self._maker = PartMaker(self.path, teacher, at_once=THREADS)
             return self._maker
 
     def make(self, part: Part, *, wait: float, limit: int) -> Told:

@@ -53,8 +53,6 @@ from had_pipe.teachers.teacher import Teacher
 
 _LOOK_SECONDS = 0.5  # between two looks at parts that others are making
 _LISTING_SECONDS = 5.0  # between two listings of all receipts, to tell how far everybody is
-_WAITING = 3
-"""Parts embedded and not yet committed, before another is begun: memory, and what a kill costs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,7 +279,9 @@ def _make_parts(
         while left:
             before = tally.parts
             for part in left:
-                while in_work and (in_work[0].done() or len(in_work) >= _WAITING or stopping()):
+                while in_work and (
+                    in_work[0].done() or len(in_work) >= maker.at_once or stopping()
+                ):
                     tally.committed(in_work.popleft().result())
                 if stopping():
                     missing = len(integrity.missing_parts(path, plan))

@@ -31,6 +31,7 @@ from had_pipe.batches import (
     halved,
     in_short,
     like,
+    on_cuda,
     out_of_memory,
     side_stream,
     to_numpy,
@@ -42,9 +43,10 @@ from had_pipe.errors import CacheError, CacheMismatch, NonFiniteError, StorageEr
 from had_pipe.hold import Lease
 from had_pipe.teachers.teacher import Teacher
 
-_WRITERS = 3
-"""Hashing is what takes the time, and a part is hashed in one go: two parts, two cores, and a third
-part that waits for its disk."""
+# Parts in work at once: what a kill costs, and memory. Hashing takes the time, and a part is hashed
+# in one go: two parts, two cores. A GPU embeds a part while a disk syncs one: a third there.
+_AT_ONCE = 2
+_AT_ONCE_ON_CUDA = 3
 
 _WAITING_BATCHES = 4  # of a part, embedded and not yet written
 _LOOK_SECONDS = 0.2
@@ -100,7 +102,7 @@ class PartMaker:
     writes it waits for it.
     """
 
-    def __init__(self, cache: Path, teacher: Teacher, *, threads: int = _WRITERS) -> None:
+    def __init__(self, cache: Path, teacher: Teacher, *, at_once: int | None = None) -> None:
         """Raises CacheMismatch where teacher or class of arithmetic are not the cache's, and
         StorageError where the teacher's device has too little memory."""
         self._cache = Cache.open(cache, incomplete=True)
@@ -109,6 +111,8 @@ class PartMaker:
         self.plan = self._cache.plan
         check_teacher_of(cache, self.plan, teacher)
         self._teacher = teacher
+        self.at_once = at_once or (_AT_ONCE_ON_CUDA if on_cuda(teacher) else _AT_ONCE)
+        """Parts that should be begun before one is committed, and that are written at a time."""
         self.numerics = _settled_numerics(cache, self.plan, teacher)
         """The class of arithmetic that the receipts state."""
         self._bound = False
@@ -119,7 +123,7 @@ class PartMaker:
         """Names of those that were handed in, embedding or waiting for it."""
         self._statistics: tuple[Any, Any] | None = None
         self._side: SideStream | None = None
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="had-pipe writer")
+        self._pool = ThreadPoolExecutor(self.at_once, thread_name_prefix="had-pipe writer")
 
     def __enter__(self) -> PartMaker:
         return self
