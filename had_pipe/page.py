@@ -65,6 +65,8 @@ _STYLE: dict[Any, Any] = {
     "path.simplify": False,
 }
 _FEW = 40
+_NOTHING = 1e-9
+"""An axis that starts at 0 ends above this: of zeros alone it would have no length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,12 +183,13 @@ def _legend(picture: Picture) -> list[tuple[str, str, str]]:
 
 def _svg(name: str, title: str, panel: Panel | Cloud) -> markupsafe.Markup:
     """One pair of axes as SVG to stand inside a page."""
-    size = (4.4, 4.2) if isinstance(panel, Cloud) else (5.0, 2.9)
-    fill: Callable[[Axes, Any], None] = _fill_cloud if isinstance(panel, Cloud) else _fill_panel
+    cloud = isinstance(panel, Cloud)
+    fill: Callable[[Axes, Any], None] = _fill_cloud if cloud else _fill_panel
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(4.4, 4.2) if cloud else (5.0, 2.9))
         figure.patch.set_alpha(0)
-        ax = figure.subplots()
+        # Of one place in all pictures: to measure every label first takes as long as drawing.
+        ax = figure.add_axes((0.08, 0.08, 0.88, 0.85) if cloud else (0.16, 0.17, 0.82, 0.75))
         ax.patch.set_alpha(0)
         fill(ax, panel)
         text = io.StringIO()
@@ -226,7 +229,7 @@ def _fill_panel(ax: Axes, panel: Panel) -> None:
         ax.axhline(level.y, color=_STAND_IN[level.colour], lw=1.5, dashes=dashes, zorder=2)
     ax.set_xlim(left=0)
     if panel.zero:
-        ax.set_ylim(bottom=0, top=max(ax.get_ylim()[1], panel.least))
+        ax.set_ylim(bottom=0, top=max(ax.get_ylim()[1], panel.least, _NOTHING))
 
 
 def _fill_cloud(ax: Axes, cloud: Cloud) -> None:

@@ -3,151 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
-from html.parser import HTMLParser
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from written_runs import FLOORS, STEPS, Page, train_row, validation_row, whole_run, write_run
 
 from had_pipe.errors import InputError
-from had_pipe.report import write_report
+from had_pipe.features import Features, KmerStructure, Likeness
+from had_pipe.report import recipe_text, write_report
 from had_pipe.run import read_run
 from had_pipe.verdicts import verdicts
-
-STEPS = 110
-FLOORS = {
-    "kind": "floors",
-    "mean_align": 1.0,
-    "mean_cosine": 0.55,
-    "kmer_align": 0.8,
-    "kmer_cosine": 0.66,
-    "base_frequency_accuracy": 0.2541,
-    "base_frequency_cross_entropy": 1.3858,
-    "windows": 128,
-}
-
-
-def train_row(step: int) -> dict[str, Any]:
-    left = math.exp(-step / 40)
-    return {
-        "kind": "train",
-        "step": step,
-        "seconds": 1.5 * step,
-        "loss": 2.0 + 1.1 * left,
-        "align": 0.7 + 0.9 * left,
-        "reconstruct": 1.36 + 0.05 * left,
-        "accuracy": 0.31 - 0.05 * left,
-        "cosine": 0.7 - 0.5 * left,
-        "lr": 2e-3 * (step / 11 if step < 11 else math.cos(math.pi / 2 * (step - 11) / 99)),
-        "grad_norm": 0.4 + left,
-        "windows_per_second": 10.7,
-        "kmers_per_second": 909.0,
-        "bases_per_second": 5457.0,
-        "wait_share": 0.011,
-        "epoch": step * 16 / 8000,
-    }
-
-
-def validation_row(step: int, **changed: float) -> dict[str, Any]:
-    row = {k: train_row(step)[k] for k in ("loss", "align", "reconstruct", "accuracy", "cosine")}
-    return {"kind": "validation", "step": step, "windows": 128, **row, **changed}
-
-
-def write_run(folder: Path, rows: list[dict[str, Any]], **changed: Any) -> Path:
-    """A run folder of the documented form."""
-    run = {
-        "format": "had-run/1",
-        "order": 1,
-        "recipe": {
-            "cache": {"codec": "int8", "part": 128},
-            "student": {"hidden_size": 128, "layers": 4},
-            "objective": {"align": 1.0, "reconstruct": 1.0, "target": "raw"},
-            "train": {"steps": STEPS, "batch": 16, "lr": 2e-3, "seed": 0},
-        },
-        "caches": [
-            {
-                "id": "5f" * 32,
-                "plan": {
-                    "teacher": {
-                        "name": "teacher-two-million",
-                        "revision": None,
-                        "weights_sha256": "ab" * 32,
-                        "layer": -1,
-                        "input": "masked",
-                        "channels": 128,
-                        "dtype": "float32",
-                        "licence": "Apache-2.0",
-                    },
-                    "genomes": [
-                        {
-                            "name": "ecoli",
-                            "digest": "SQC.abcdefgh",
-                            "bases": 4_641_652,
-                            "contigs": 1,
-                            "sensitive": False,
-                        }
-                    ],
-                    "windows": {
-                        "bases": 510,
-                        "stride": 510,
-                        "kmers": 85,
-                        "masked": 13,
-                        "mask_ratio": 0.15,
-                        "stored": 72,
-                        "store": "visible",
-                        "reverse_complement": 0.5,
-                        "seed": 0,
-                    },
-                    "splits": {
-                        "train": {"windows": 8191, "views": [0]},
-                        "valid": {"windows": 910, "views": [0]},
-                    },
-                    "codec": "int8",
-                    "licence": "Apache-2.0",
-                    "licence_reason": None,
-                },
-                "fidelity": {"relative_error": 0.0061, "worst_token_cosine": 0.9998},
-            }
-        ],
-        "student": {
-            "parameters": 1_070_512,
-            "config": {"hidden_size": 128, "layers": 4, "head_dim": 32},
-        },
-        "objective_parameters": 85_648,
-        "device": "cpu",
-        "kernel": {"name": "torch-chunked", "reason": "no CUDA device"},
-        "versions": {"had-pipe": "0.1.0", "torch": "2.13.0"},
-        **changed,
-    }
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps(run), "utf-8")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
-    return folder
-
-
-def whole_run(folder: Path, **changed: Any) -> Path:
-    rows = [train_row(step) for step in range(10, STEPS + 1, 10)]
-    held = [validation_row(55), validation_row(STEPS, align=0.6, accuracy=0.31, reconstruct=1.3658)]
-    return write_run(folder, [FLOORS, *rows, *held], **changed)
-
-
-class Page(HTMLParser):
-    """Every tag, attribute and piece of text of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.said = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_data(self, data: str) -> None:
-        self.said += data
 
 
 @pytest.fixture(scope="module")
@@ -331,3 +199,144 @@ def test_a_run_of_before_has_no_panel_of_what_was_not_measured(text: str) -> Non
     assert "share waiting" in page.said
     assert "MB read a second" not in page.said
     assert "mirror" not in page.said
+
+
+def test_the_recipe_on_the_page_is_toml_that_says_the_same() -> None:
+    recipe = {
+        "student": {"hidden_size": 128},
+        "objective": {"align": 0.5, "target": "raw"},
+        "train": {
+            "lr": 1e-5,
+            "weights": [3.0, 1.0],
+            "ema": None,
+            "track": [],
+            "direct": True,
+            "validation_split": 'held "out"\\ \x7f\n\u00e9',
+        },
+    }
+    del (expected := json.loads(json.dumps(recipe)))["train"]["ema"]
+    assert tomllib.loads(recipe_text(recipe)) == expected
+
+
+def test_what_was_aligned_and_how_stands_in_the_sentences(tmp_path: Path) -> None:
+    folder = whole_run(tmp_path / "demo")
+    run = json.loads((folder / "run.json").read_text("utf-8"))
+    run["recipe"]["objective"] |= {"align_on": "masked", "error": "smooth_l1"}
+    (folder / "run.json").write_text(json.dumps(run), "utf-8")
+    said = " ".join(verdicts(read_run(folder)))
+    # A share of the variance only squares can leave.
+    assert "variance" not in said
+    assert "on masked k-mers is 40.0 % below that of their plain mean" in said
+    assert "It is 25.0 % below that of a k-mer table" in said
+    page = Page(write_report(folder).read_text("utf-8"))
+    assert "Error on masked k-mers" in page.said
+    assert "smooth L1 error, doubled" in page.said
+
+
+def test_figures_that_are_nothing_have_an_axis_all_the_same(tmp_path: Path) -> None:
+    row = {**ONE, "lr": 0.0, "grad_norm": 1e-300, "bases_per_second": 0.0, "wait_share": 0.0}
+    page = Page(write_report(write_run(tmp_path / "demo", [row])).read_text("utf-8"))
+    assert page.tags.count("svg") == 5
+
+
+def test_a_record_that_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
+    for key, value in (("recipe", 7), ("caches", [{}]), ("recipe", {"train": {}})):
+        folder = whole_run(tmp_path / f"{key}-{len(str(value))}", **{key: value})
+        with pytest.raises(InputError, match="is not the record of a run"):
+            write_report(folder)
+
+
+def some_features(**changed: Any) -> Features:
+    """Of an invented student: 300 groups of every GC content."""
+    rng = np.random.default_rng(0)
+    at_P2 = rng.normal(size=(300, 2))
+    values: dict[str, Any] = {
+        "caches": ("5f" * 32,),
+        "windows": 64,
+        "groups": 4608,
+        "kind": "visible",
+        "teacher_P2": at_P2,
+        "student_P2": at_P2[::-1] * 0.9,
+        "share": Likeness(0.4, 0.5),
+        "agreement": 0.87,
+        "gc_P": np.arange(300) % 7,
+        "gc": Likeness(0.31, 0.27),
+        "soft_level_P": np.arange(300) % 5,
+        "soft": Likeness(0.01, 0.02),
+        "features": ("<gene>", "exon", "another", "none"),
+        "feature_P": np.arange(300) % 4,
+        "feature": Likeness(0.03, 0.04),
+        "kmers": KmerStructure(
+            gc_K=np.arange(90) % 7,
+            teacher_K2=at_P2[:90],
+            student_K2=at_P2[90:180],
+            share=Likeness(0.6, 0.7),
+            agreement=0.66,
+            least=4,
+            correlation=0.71,
+            correlation_of_bases=0.33,
+        ),
+    }
+    return Features(**{**values, **changed})
+
+
+def test_features_stand_beside_the_teachers_in_every_colour(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "demo")
+    (run / "student").mkdir()
+    text = write_report(run, features=some_features()).read_text("utf-8")
+    page = Page(text)
+    # Four more pictures of two panels each.
+    assert page.tags.count("figure") == 11
+    assert page.tags.count("svg") == 17
+    for said in (
+        "on 64 held-out windows of cache " + "5f" * 32,
+        "The two planes agree at 0.87",
+        "explains 31.0 % of the variance of the teacher's groups and 27.0 % of the student's",
+        "90 6-mers lie correlates with the teacher's at 0.71",
+        "differ gives 0.33, without any model: the student holds 6-mers alike",
+        "<gene>",
+    ):
+        assert said in page.said, said
+    assert "<gene>" not in text
+    labels = [v for name, v in page.attributes if name == "aria-label"]
+    assert "Groups by feature: teacher" in labels
+    assert "Learned 6-mer structure: student" in labels
+    assert len(text) < 2_000_000
+    again = write_report(run, tmp_path / "again.html", features=some_features())
+    assert again.read_text("utf-8") == text
+
+
+def test_every_group_is_drawn_once_in_each_picture(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "demo")
+    plain = some_features(feature_P=None, feature=None, kmers=None, soft_level_P=np.zeros(300))
+    text = write_report(run, features=plain).read_text("utf-8")
+    page = Page(text)
+    assert "Nothing is coloured by soft-masking" in page.said
+    assert page.tags.count("figure") == 8
+    clouds = text.split('aria-label="Groups by their G and C')[1:]
+    for cloud in clouds:
+        paths = [v for name, v in Page(cloud.split("</svg>")[0]).attributes if name == "d"]
+        # A dot is a stroke without length.
+        dots = [piece for path in paths for piece in path.split("M")[1:]]
+        alike = [d for d in dots if len(p := d.replace("L", " ").split()) == 4 and p[:2] == p[2:]]
+        assert len(alike) == 300
+
+
+ONE = {"kind": "train", "step": STEPS, "seconds": 9.0, "loss": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("rows", "student", "said"),
+    [
+        ([ONE], False, "Shown once the run is finished"),
+        ([ONE], True, "Left out: no windows were held out."),
+        ([ONE, validation_row(STEPS)], True, "report RUN --cache PATH"),
+    ],
+)
+def test_where_features_are_left_out_the_page_says_why(
+    tmp_path: Path, rows: list[dict[str, Any]], student: bool, said: str
+) -> None:
+    run = write_run(tmp_path / "demo", rows)
+    if student:
+        (run / "student").mkdir()
+    assert said in Page(write_report(run).read_text("utf-8")).said
