@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,28 @@ def test_the_teachers_benchmark_runs_and_tells_what_it_found(
     told = teacher.table(result)
     assert "50m, 120 bases: 3 windows of 21 tokens" in told
     assert all(name in told for name in ways)
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_peer_and_a_graph_say_what_the_teacher_says(
+    script: Script, tmp_path: Path
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    teacher, cuda = script("teacher"), torch.device("cuda")
+    config = replace(SMALL, hidden_size=64)  # heads that every kernel takes
+    checkpoint = teacher.Checkpoint("small", config, tmp_path, cuda)
+    windows = teacher.some_windows(6, 80, device=cuda)
+    exact = checkpoint.peer(torch.float32)(windows.token)[:, 1:]
+    found = checkpoint.ours(torch.float32).embed(windows.kmer_id, windows.hidden)
+    assert float((found - exact).abs().max()) < 1e-4
+    half = checkpoint.ours(torch.bfloat16).embed(windows.kmer_id, windows.hidden)
+    play = teacher.replayed(checkpoint.model(), windows, dtype=torch.bfloat16)
+    play()
+    for rounded, expected in ((half, exact), (play(), half.float())):
+        assert rounded.dtype == torch.bfloat16
+        cosine = torch.cosine_similarity(rounded.float(), expected, dim=-1)
+        assert float(cosine.mean()) > 0.999
 
 
 def test_online_and_cached_steps_are_held_against_each_other(
