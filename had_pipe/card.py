@@ -72,17 +72,32 @@ def student_card(
         body += ["", "Nothing was held out: no figure on unseen DNA is known."]
     body += [
         "",
-        "```python",
-        "import had_pipe.students  # registers the model with transformers",
-        "from transformers import AutoModel, AutoTokenizer",
+        "With had-pipe installed:",
         "",
-        'student = AutoModel.from_pretrained("path/of/this/folder")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")',
-        'features = student(**tokenizer(["ACGTACGT"], return_tensors="pt")).last_hidden_state',
-        "```",
+        *_usage("import had_pipe.students  # registers the model with transformers"),
+        "",
+        "Without it, transformers runs the code that lies beside the weights, which is had-pipe's "
+        "(Apache-2.0):",
+        "",
+        *_usage(trusting=", trust_remote_code=True"),
         "",
     ]
     return "\n".join([*front, *body])
+
+
+def _usage(first: str | None = None, *, trusting: str = "") -> list[str]:
+    """A block of Python that loads the student, and what it says of a sequence."""
+    return [
+        "```python",
+        *([first] if first else []),
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        'folder = "path/of/this/folder"',
+        f"student = AutoModel.from_pretrained(folder{trusting})",
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trusting})",
+        'features = student(**tokenizer(["ACGTACGT"], return_tensors="pt")).last_hidden_state',
+        "```",
+    ]
 
 
 def _provenance(caches: Sequence[Cache], weights: Sequence[float] | None) -> list[str]:

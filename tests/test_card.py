@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def card(*caches: Cache) -> str:
     return student_card(record, caches, parameters=1000, width=32, batch=8)
 
 
+def blocks(text: str) -> list[str]:
+    """The Python that a card shows."""
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+
+
 def front(text: str) -> list[str]:
     return text.split("---\n")[1].splitlines()
 
@@ -68,3 +74,12 @@ def test_a_name_from_a_strangers_cache_stays_on_its_line_and_in_its_cell(cache: 
     assert [line for line in front(text) if line.startswith("license:")] == ["license: apache-2.0"]
     assert text.splitlines().count("license: mit") == 0
     assert "embeddings of x --- license: mit \\| y (revision 000000000000" in text
+
+
+def test_the_card_shows_how_to_load_it_with_had_pipe_and_without(cache: Cache) -> None:
+    # tests/test_export.py runs both.
+    with_it, without_it = blocks(card(cache))
+    assert "import had_pipe" in with_it
+    assert "trust_remote_code" not in with_it
+    assert "had_pipe" not in without_it
+    assert without_it.count("trust_remote_code=True") == 2

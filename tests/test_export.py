@@ -10,10 +10,13 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import Made
+from test_card import blocks, card
 from test_had import SMALL, small_student
 from transformers import (
     AutoModel,
@@ -60,6 +63,12 @@ def folder(
     return folder
 
 
+@pytest.fixture(scope="module")
+def usage(made: Made) -> list[str]:
+    """What a student's card shows: how to load it with had-pipe, and without."""
+    return blocks(card(made(windows=4, valid=0)))
+
+
 def elsewhere(code: str, *words: str | Path, home: Path) -> str:
     """What a process prints that has neither had-pipe nor a network."""
     absent = (
@@ -89,7 +98,7 @@ import numpy as np, torch
 from transformers import (
     AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer,
 )
-folder, letters, found = sys.argv[1:]
+folder, letters, found, card = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 batch = tokenizer(json.loads(letters), padding=True, return_tensors="pt")
 student = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -112,29 +121,48 @@ tokenizer.save_pretrained("tuned")
 again = AutoModelForSequenceClassification.from_pretrained("tuned", trust_remote_code=True)
 with torch.no_grad():
     assert torch.equal(again.eval()(**batch).logits, classes.eval()(**batch).logits)
+shown = {}
+exec(card.replace("path/of/this/folder", folder), shown)
+with torch.no_grad():
+    batch = tokenizer(["ACGTACGT"], return_tensors="pt")
+    assert torch.equal(shown["features"], student(**batch).last_hidden_state)
 names = {type(model).__name__: type(model).__module__ for model in (student, language, classes)}
 print(json.dumps([names, type(tokenizer).__name__, [m for m in sys.modules if "had_pipe" in m]]))
 """
 
 
 def test_a_student_gives_the_same_bits_where_had_pipe_is_not_installed(
-    student: HADModel, decoder: BaseDecoder, folder: Path, tmp_path: Path
+    student: HADModel, decoder: BaseDecoder, folder: Path, tmp_path: Path, usage: list[str]
 ) -> None:
-    said = elsewhere(READ, folder, json.dumps(LETTERS), tmp_path / "found.npz", home=tmp_path)
+    _, shown = usage
+    found = tmp_path / "found.npz"
+    said = elsewhere(READ, folder, json.dumps(LETTERS), found, shown, home=tmp_path)
     names, tokenizer, ours = json.loads(said)
     assert set(names) == {"HADModel", "HADForMaskedLM", "HADForSequenceClassification"}
     assert all(name.startswith("transformers_modules.") for name in names.values())
     assert (tokenizer, ours) == ("HADTokenizer", [])
     batch = HADTokenizer()(LETTERS, padding=True, return_tensors="pt")
     model = HADForMaskedLM.of(student, decoder).eval()
-    with np.load(tmp_path / "found.npz") as found, torch.no_grad():
-        np.testing.assert_array_equal(found["ids"], batch["input_ids"])
-        np.testing.assert_array_equal(found["feat"], student(**batch).last_hidden_state)
-        np.testing.assert_array_equal(found["logits"], model(**batch).logits)
+    with np.load(found) as there, torch.no_grad():
+        np.testing.assert_array_equal(there["ids"], batch["input_ids"])
+        np.testing.assert_array_equal(there["feat"], student(**batch).last_hidden_state)
+        np.testing.assert_array_equal(there["logits"], model(**batch).logits)
     # What was tuned there is read here, without code from there.
     tuned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
     assert type(tuned) is HADForSequenceClassification
     assert tuned.config.num_labels == 3
+
+
+def test_a_card_shows_what_works_with_had_pipe(
+    student: HADModel, folder: Path, usage: list[str]
+) -> None:
+    shown, _ = usage
+    names: dict[str, Any] = {}
+    exec(shown.replace("path/of/this/folder", str(folder)), names)
+    assert type(names["student"]) is HADModel
+    with torch.no_grad():
+        expected = student(torch.tensor([[7, 8, 9, 10] * 2])).last_hidden_state
+    assert torch.equal(names["features"], expected)
 
 
 @pytest.mark.parametrize("trusted", [None, True, False])
@@ -185,7 +213,7 @@ def test_the_hub_asks_for_no_package_that_a_student_may_do_without(folder: Path)
     assert {path.stem for path in folder.glob("*.py")} - {"modeling_had"} == found
 
 
-def test_optional_imports_are_wrapped_wherever_they_stand(tmp_path: Path) -> None:
+def test_optional_imports_are_wrapped_wherever_they_stand() -> None:
     lines = [
         "import triton",
         "def f():",
