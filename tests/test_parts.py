@@ -561,7 +561,8 @@ def on_a_gpu(tmp_path_factory: pytest.TempPathFactory, genome: Path) -> Any:
     """A random NT-v2 on the device, and a recipe for a cache at a path."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
-    from had_pipe.teachers.ntv2 import NTv2Config, random_model, save_checkpoint
+    from had_pipe.teachers.ntv2 import NTv2Config, random_model
+    from had_pipe.teachers.ntv2_checkpoint import save_checkpoint
     from had_pipe.teachers.teacher import load_teacher
 
     config = NTv2Config(
