@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -298,6 +299,50 @@ def test_torchrun_starts_the_command_as_it_is(tmp_path: Path, cache: Path, alone
     # One of them speaks.
     assert done.stdout.count("12 steps") == 1
     assert_equal_to_rounding(run, alone)
+
+
+FAKES = {
+    "srun": """
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & tasks+=($!); done
+worst=0
+for task in "${tasks[@]}"; do wait "$task"; code=$?; [ $code -gt $worst ] && worst=$code; done
+exit $worst
+""",
+    "scontrol": 'if [ "$1" = show ]; then printf "node7\nnode8\n"; else echo "$@" >> asked; fi',
+    "had-pipe": """
+echo "$* rank $RANK of $WORLD_SIZE, $LOCAL_RANK there; $MASTER_ADDR:$MASTER_PORT" > said-$RANK
+exit $((RANK * CODE))
+""",
+}
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_a_job_says_to_each_process_which_one_it_is_and_comes_back_if_stopped(
+    tmp_path: Path, code: int
+) -> None:
+    if not (script := REPOSITORY / "pipelines" / "slurm" / "distill.sbatch").exists():
+        pytest.skip("the pipelines lie in the repository, not in a package")
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}")
+        (tmp_path / name).chmod(0o755)
+    said = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "20077", "SLURM_JOB_NODELIST": "node[7-8]"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", script, "recipe.toml"],
+        env={**os.environ, **said, "PATH": path, "CODE": str(code)},
+        cwd=tmp_path,
+        check=False,
+        stdout=subprocess.DEVNULL,
+    )
+    assert done.returncode == code
+    for rank in (0, 1):
+        assert (tmp_path / f"said-{rank}").read_text() == (
+            f"distill recipe.toml rank {rank} of 2, {rank} there; node7:10077\n"
+        )
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == (
+        "requeue 20077\n" if code == 75 else ""
+    )
 
 
 # The parts

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     not SLURM.exists(), reason="the pipelines lie in the repository, not in a package"
 )
 
-SCRIPTS = ("extract.sbatch", "finish.sbatch", "submit.sh")
+SCRIPTS = ("extract.sbatch", "finish.sbatch", "submit.sh", "distill.sbatch")
 
 
 def directives(name: str) -> dict[str, str]:
