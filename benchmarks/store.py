@@ -8,7 +8,7 @@ rows against what was handed in, and a flipped bit against `verify`. Then rounds
 
     write and fsync     the shards' bytes, one file after another, and each file's folder
     writer, one part    the same bytes by the part writer: CRCs, SHA-256, index, receipt, renames
-    writer, two parts   two parts at a time, as extraction has them written beside the teacher
+    writer, two parts   two parts at a time, as extraction has them written (on a GPU, three)
 
     sha256              every file of the cache by hashlib, as many at once as there are cores
     verify              the same files by `cache verify`, with all else that it looks at

@@ -10,7 +10,7 @@ HadPipeError
 │   ├── CacheCorrupt     4   what is stored is not what was written: repair or copy again
 │   └── CacheRefused     4   it is not a cache of ours, or not safe to open
 ├── NonFiniteError       5   look at the numbers: NaN or infinity where there must be none
-├── StorageError         6   make room, or mend the disk, then run again
+├── StorageError         6   make room on disk or device, or mend the disk, then run again
 ├── HeldError            7   another process is at it: wait, or stop it
 ├── QuarantineError      8   some parts failed again and again: mend what they share, run again
 ├── NetworkError         9   a host could not be reached, or the network may not be used
@@ -91,7 +91,7 @@ class NonFiniteError(HadPipeError):
 
 
 class StorageError(HadPipeError):
-    """The disk is full or failed; everything committed is intact."""
+    """The disk is full or failed, or a device's memory is; everything committed is intact."""
 
     exit_code = 6
 
