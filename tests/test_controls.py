@@ -110,22 +110,22 @@ def test_a_control_trains(name: str, tmp_path: Path, made: Made) -> None:
 # What a learner is asked
 
 
-def a_learner(cache: Cache, **objective: Any) -> Learner:
+def a_learner(cache: Cache, *, device: str = "cpu", **objective: Any) -> Learner:
     settings = Objective(**objective)
     windows = cache.plan.windows
     torch.manual_seed(0)
     return Learner(
         Train(out=Path("run"), steps=4, batch=8, seed=5),
         settings,
-        HADModel(HADConfig(**TINY, attention_heads=2)),
+        HADModel(HADConfig(**TINY, attention_heads=2)).to(device),
         HADObjective(
             hidden_size=32,
             channels=cache.plan.teacher.channels,
             masked=windows.masked,
             **settings.model_dump(include={"align_on", "pool", "error", "mask_tokens"}),
-        ),
+        ).to(device),
         visible=windows.kmers - windows.masked,
-        device=torch.device("cpu"),
+        device=torch.device(device),
     )
 
 
@@ -197,6 +197,28 @@ def test_single_bases_are_hidden_alike_by_whoever_reads_the_window(made: Made) -
     both = later.keys() & alone.keys()
     assert both
     assert all(later[window] == alone[window] for window in both)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"masking": "base"},
+        {"mask_tokens": "dropped"},
+        {"align_on": "masked", "pool": "concat"},
+        {"align_on": "all", "pool": "per_base", "error": "smooth_l1"},
+    ],
+    ids=str,
+)
+def test_on_a_gpu_a_control_measures_what_a_cpu_does(made: Made, objective: dict[str, str]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    cache = made(windows=32, valid=8, store="all")
+    sums = {
+        device: a_learner(cache, device=device, **objective).measure(batches(cache, device=device))
+        for device in ("cpu", "cuda")
+    }
+    torch.testing.assert_close(sums["cuda"].cpu(), sums["cpu"], rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(
