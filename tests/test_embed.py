@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from had_pipe import cli, embed, vectors
 from had_pipe.embed import spans
 from had_pipe.errors import InputError, NonFiniteError, RecipeError, StorageError
-from had_pipe.students import HADModel, HADTokenizer, save_student
+from had_pipe.students import HADConfig, HADModel, HADTokenizer, save_student
 from had_pipe.vectors import Named, Size, writing
 
 WINDOW, OVERLAP = 60, 20
@@ -256,6 +256,22 @@ def test_memory_does_not_grow_with_the_number_of_sequences(
     few, many = peak(100), peak(400)
     # Features of the others would be 300 * 90 * 16 * 4 bytes, 1.7 MB.
     assert many - few < 300_000
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_writes_what_a_cpu_does(fasta: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_student(HADModel(HADConfig(layers=2)), None, tmp_path / "student")
+    found = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / f"{device}.zarr"
+        embed.embed(
+            fasta, student=tmp_path / "student", out=out, per="base", window=60, device=device
+        )
+        found.append(zarr.open_group(out, mode="r")["embedding"][:])
+    # Kernels may round the factors of float32 products to 10 bits.
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-2, atol=2e-2)
 
 
 # What is refused, and what is left
