@@ -24,6 +24,7 @@ from conftest import REPOSITORY
 from numpy_teacher import NumpyTeacher
 from small_cache import build_cache
 from typer.testing import CliRunner, Result
+from written_runs import a_run
 
 from had_pipe import __version__, cli, errors
 from had_pipe.cli import shown
@@ -390,14 +391,14 @@ def test_two_caches_are_compared(cache: Path, tmp_path: Path) -> None:
     assert had_pipe("cache", "compare", cache, tmp_path / "none").exit_code == 4
 
 
-def test_distill_and_report_make_a_student_and_a_page_once(recipe: Path) -> None:
+def test_distill_and_report_make_a_student_and_a_page_once(recipe: Path, cache: Path) -> None:
     run = recipe.parent / "run"
     first = in_a_process("distill", recipe)
     assert first.returncode == 0, first.stderr
     assert "6 steps in" in first.stdout
     assert "loss " in first.stdout and " -> " in first.stdout  # noqa: PT018
     assert "held-out windows after step 6" in first.stdout
-    assert f"next  had-pipe report {run}" in first.stdout
+    assert f"next  had-pipe report {run} --cache {cache}" in first.stdout
     assert (run / "student" / "model.safetensors").is_file()
     # Progress has a line at once and the last one, on the other stream.
     assert "steps" in first.stderr
@@ -412,7 +413,64 @@ def test_distill_and_report_make_a_student_and_a_page_once(recipe: Path) -> None
     page = in_a_process("report", run)
     assert page.returncode == 0
     assert f"page  {run / 'report.html'}" in page.stdout
-    assert (run / "report.html").read_text("utf-8").startswith("<!doctype html>")
+    plain = (run / "report.html").read_text("utf-8")
+    assert plain.startswith("<!doctype html>")
+    assert "Groups by their G and C" not in plain
+
+    bed = recipe.parent / "genes.bed"
+    bed.write_text("one\t0\t99999\tgene\n", "utf-8")
+    shown = in_a_process("report", run, "--cache", cache, "--annotation", bed)
+    assert shown.returncode == 0, shown.stderr
+    assert "32 of 32 windows" in shown.stderr
+    coloured = (run / "report.html").read_text("utf-8")
+    assert "Groups by their G and C" in coloured
+    assert "Groups by feature" in coloured
+    for words, code, told in (
+        (["--annotation", bed], 2, "name the cache too"),
+        (["--cache", recipe.parent], 4, "plan.json"),
+        (["--cache", cache, "--annotation", recipe], 3, "ends in .bed"),
+    ):
+        refused = had_pipe("report", run, *words)
+        assert refused.exit_code == code, refused.output
+        assert told in refused.stderr
+    assert (run / "report.html").read_text("utf-8") == coloured
+
+
+def test_compare_puts_runs_in_a_table_and_on_a_page(tmp_path: Path) -> None:
+    runs = [
+        a_run(tmp_path / name, seed=seed, objective=objective, align=0.5 + seed / 10)
+        for name, seed, objective in (
+            *(("had-0", 0, {}), ("had-1", 1, {})),
+            ("alone", 0, {"reconstruct": 0.0}),
+        )
+    ]
+    told = had_pipe("compare", *runs)
+    assert told.exit_code == 0, told.output
+    lines = told.stdout.splitlines()
+    assert lines[0].startswith("held out: the first 128 windows of split 'valid' of cache")
+    assert lines[1].split()[:3] == ["run", "objective.reconstruct", "seed"]
+    names = [line.split("  ")[0] for line in lines[2:9]]
+    assert names == [
+        *("had-0", "had-1", "mean of 2 seeds ± standard deviation", "alone"),
+        *("floor: k-mer table", "floor: the mean", "floor: base frequencies"),
+    ]
+    assert "0.5500 ± 0.0707" in lines[4]
+    assert "total losses weigh their terms differently" in told.stdout
+    page = tmp_path / "compare.html"
+    assert f"page  {page}" in told.stdout
+    assert page.read_text("utf-8").startswith("<!doctype html>")
+
+    elsewhere = tmp_path / "pages" / "a.html"
+    as_json = json.loads(had_pipe("compare", *runs, "--out", elsewhere, "--json").stdout)
+    assert as_json["keys"] == ["objective.reconstruct"]
+    assert as_json["page"] == str(elsewhere)
+    had, alone = as_json["tables"][0]["settings"]
+    assert had["mean"]["align"] == pytest.approx(0.55)
+    assert [run["name"] for run in had["runs"]] == ["had-0", "had-1"]
+    assert alone["spread"] == {}
+    assert elsewhere.read_bytes() == page.read_bytes()
+    assert had_pipe("compare", runs[0]).exit_code == 2
+    assert had_pipe("compare", runs[0], tmp_path).exit_code == 3
 
 
 @pytest.mark.parametrize(

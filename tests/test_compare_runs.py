@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
-from written_runs import FLOORS, STEPS, Page, train_row, validation_row, write_run
+from written_runs import FLOORS, STEPS, Page, a_run, train_row, validation_row, write_run
 
 from had_pipe.compare import compare, headings, rows, write_comparison
 from had_pipe.errors import InputError, RecipeError
-
-
-def a_run(
-    folder: Path,
-    *,
-    seed: int = 0,
-    cache: str = "5f",
-    align: float = 0.6,
-    windows: int = 128,
-    floors: dict[str, Any] | None = None,
-    objective: dict[str, Any] | None = None,
-    **train: Any,
-) -> Path:
-    lines = [
-        {**FLOORS, **(floors or {})},
-        *(train_row(step) for step in range(10, STEPS + 1, 10)),
-        validation_row(55, windows=windows),
-        validation_row(STEPS, align=align, windows=windows),
-    ]
-    write_run(folder, lines)
-    run = json.loads((folder / "run.json").read_text("utf-8"))
-    run["recipe"]["objective"] |= objective or {}
-    run["recipe"]["train"] |= {"seed": seed, "validation_split": "valid", **train}
-    run["caches"][0]["id"] = cache * 32
-    (folder / "run.json").write_text(json.dumps(run), "utf-8")
-    return folder
 
 
 def test_runs_stand_under_the_keys_in_which_they_differ(tmp_path: Path) -> None:

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib import image
-from test_compare_runs import a_run
-from test_report import some_features
-from written_runs import whole_run
+from written_runs import a_run, some_features, whole_run
 
 from had_pipe import page
 from had_pipe.compare import compare, write_comparison

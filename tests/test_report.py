@@ -9,10 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from written_runs import FLOORS, STEPS, Page, train_row, validation_row, whole_run, write_run
+from written_runs import (
+    FLOORS,
+    STEPS,
+    Page,
+    some_features,
+    train_row,
+    validation_row,
+    whole_run,
+    write_run,
+)
 
 from had_pipe.errors import InputError
-from had_pipe.features import Features, KmerStructure, Likeness
 from had_pipe.report import recipe_text, write_report
 from had_pipe.run import read_run
 from had_pipe.verdicts import verdicts
@@ -244,40 +252,6 @@ def test_a_record_that_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
         folder = whole_run(tmp_path / f"{key}-{len(str(value))}", **{key: value})
         with pytest.raises(InputError, match="is not the record of a run"):
             write_report(folder)
-
-
-def some_features(**changed: Any) -> Features:
-    """Of an invented student: 300 groups of every GC content."""
-    rng = np.random.default_rng(0)
-    at_P2 = rng.normal(size=(300, 2))
-    values: dict[str, Any] = {
-        "caches": ("5f" * 32,),
-        "windows": 64,
-        "groups": 4608,
-        "kind": "visible",
-        "teacher_P2": at_P2,
-        "student_P2": at_P2[::-1] * 0.9,
-        "share": Likeness(0.4, 0.5),
-        "agreement": 0.87,
-        "gc_P": np.arange(300) % 7,
-        "gc": Likeness(0.31, 0.27),
-        "soft_level_P": np.arange(300) % 5,
-        "soft": Likeness(0.01, 0.02),
-        "features": ("<gene>", "exon", "another", "none"),
-        "feature_P": np.arange(300) % 4,
-        "feature": Likeness(0.03, 0.04),
-        "kmers": KmerStructure(
-            gc_K=np.arange(90) % 7,
-            teacher_K2=at_P2[:90],
-            student_K2=at_P2[90:180],
-            share=Likeness(0.6, 0.7),
-            agreement=0.66,
-            least=4,
-            correlation=0.71,
-            correlation_of_bases=0.33,
-        ),
-    }
-    return Features(**{**values, **changed})
 
 
 def test_features_stand_beside_the_teachers_in_every_colour(tmp_path: Path) -> None:

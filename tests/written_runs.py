@@ -8,6 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from had_pipe.features import Features, KmerStructure, Likeness
+
 STEPS = 110
 FLOORS = {
     "kind": "floors",
@@ -141,3 +145,63 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.said += data
+
+
+def a_run(
+    folder: Path,
+    *,
+    seed: int = 0,
+    cache: str = "5f",
+    align: float = 0.6,
+    windows: int = 128,
+    floors: dict[str, Any] | None = None,
+    objective: dict[str, Any] | None = None,
+    **train: Any,
+) -> Path:
+    lines = [
+        {**FLOORS, **(floors or {})},
+        *(train_row(step) for step in range(10, STEPS + 1, 10)),
+        validation_row(55, windows=windows),
+        validation_row(STEPS, align=align, windows=windows),
+    ]
+    write_run(folder, lines)
+    run = json.loads((folder / "run.json").read_text("utf-8"))
+    run["recipe"]["objective"] |= objective or {}
+    run["recipe"]["train"] |= {"seed": seed, "validation_split": "valid", **train}
+    run["caches"][0]["id"] = cache * 32
+    (folder / "run.json").write_text(json.dumps(run), "utf-8")
+    return folder
+
+
+def some_features(**changed: Any) -> Features:
+    """Of an invented student: 300 groups of every GC content."""
+    rng = np.random.default_rng(0)
+    at_P2 = rng.normal(size=(300, 2))
+    values: dict[str, Any] = {
+        "caches": ("5f" * 32,),
+        "windows": 64,
+        "groups": 4608,
+        "kind": "visible",
+        "teacher_P2": at_P2,
+        "student_P2": at_P2[::-1] * 0.9,
+        "share": Likeness(0.4, 0.5),
+        "agreement": 0.87,
+        "gc_P": np.arange(300) % 7,
+        "gc": Likeness(0.31, 0.27),
+        "soft_level_P": np.arange(300) % 5,
+        "soft": Likeness(0.01, 0.02),
+        "features": ("<gene>", "exon", "another", "none"),
+        "feature_P": np.arange(300) % 4,
+        "feature": Likeness(0.03, 0.04),
+        "kmers": KmerStructure(
+            gc_K=np.arange(90) % 7,
+            teacher_K2=at_P2[:90],
+            student_K2=at_P2[90:180],
+            share=Likeness(0.6, 0.7),
+            agreement=0.66,
+            least=4,
+            correlation=0.71,
+            correlation_of_bases=0.33,
+        ),
+    }
+    return Features(**{**values, **changed})

@@ -126,7 +126,10 @@ def distill(
             ("student", str(made.student)),
         ]
     )
-    say_next(f"had-pipe report {made.run}")
+    # Never a URL: one may hold a password or a signature.
+    sources = cache or [str(asked.cache.path)]
+    named = [f"--cache {source}" for source in sources if "://" not in source]
+    say_next(" ".join(["had-pipe report", str(made.run), *named]))
 
 
 @answering
