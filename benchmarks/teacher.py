@@ -178,7 +178,7 @@ class Checkpoint:
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.ndim == 1:  # nothing may hide behind a 1 or a 0
-                        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
             save_checkpoint(model, self._path)
 
     def peer(self, dtype: torch.dtype) -> EagerNTv2:
@@ -381,7 +381,8 @@ def replayed(model: NTv2, windows: Windows, *, dtype: torch.dtype) -> Callable[[
 
     def features() -> Tensor:
         with torch.inference_mode(), fused_attention(model):
-            return model(token, run=block)[:, 1:].to(dtype)
+            feat_WTD: Tensor = model(token, run=block)[:, 1:].to(dtype)
+        return feat_WTD
 
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
