@@ -120,7 +120,7 @@ class PartMaker:
         self._embedding = threading.Lock()
         self._begun: set[Part] = set()
         self._leases: set[str] = set()
-        """Names of those that were handed in, embedding or waiting for it."""
+        """Names of those that were handed in and not yet given back."""
         self._statistics: tuple[Any, Any] | None = None
         self._side: SideStream | None = None
         self._pool = ThreadPoolExecutor(self.at_once, thread_name_prefix="had-pipe writer")
@@ -177,8 +177,7 @@ class PartMaker:
             finally:
                 if written is None:  # a signal came while the writer's thread was being started
                     batches.put_nowait(end)
-                    if lease is not None:
-                        lease.release()
+                    self._give_back(lease)
                 else:
                     _put(batches, end, written)
             if end is _End.AGAIN:
@@ -284,8 +283,13 @@ class PartMaker:
                 return None
             raise
         finally:
-            if lease is not None and not again:
-                lease.release()
+            if not again:
+                self._give_back(lease)
+
+    def _give_back(self, lease: Lease | None) -> None:
+        if lease is not None:
+            self._leases.discard(lease.path.name)  # from now on it may be another's
+            lease.release()
 
 
 def _arrived(arrays: list[Any]) -> Arrival:

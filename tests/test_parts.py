@@ -604,6 +604,7 @@ def test_on_a_gpu_copies_beside_the_work_give_the_bytes_of_copies_that_are_waite
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("codec", ["int8", "exact"])
 def test_on_a_gpu_whoever_embeds_never_waits_for_the_device(
     on_a_gpu: Any, tmp_path: Path, codec: str
