@@ -63,7 +63,7 @@ demo: $(INSTALLED)
 	run cache inspect cache/demo; \
 	run cache verify cache/demo; \
 	run distill $(RECIPE) | tee "$$told/distill"; \
-	run report runs/demo | tee "$$told/report"; \
+	run report runs/demo --cache cache/demo | tee "$$told/report"; \
 	printf '\nWhat was made\n'; \
 	for verb in extract distill; do sed -e '/^\$$ /d' -e '/^$$/d' -e '/^next /d' "$$told/$$verb"; done; \
 	grep '^page ' "$$told/report"
