@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_teacher import NumpyTeacher
 from test_corpus import write_fasta
@@ -145,6 +145,7 @@ def test_on_a_cpu_the_batch_follows_from_the_length_of_windows_alone(
     assert teacher.batches == 0
 
 
+@settings(deadline=None)
 @given(part=st.integers(1, 5000), windows=st.integers(1, 5000))
 def test_half_a_batch_is_at_most_half_and_divides_a_part_almost_evenly(
     part: int, windows: int
