@@ -103,13 +103,13 @@ def embed(
         "student_sha256": _sha256(student / WEIGHTS),
         "sequences_sha256": _sha256_of_sequences(fasta),
     }
-    before = fasta.stat()
-    size, bases = _survey(fasta, per=per, channels=model.config.hidden_size, report=report)
-    begun = perf_counter()
     there = out.exists()
     if there:
         _require_same(out, identity)
-    else:
+    before = fasta.stat()
+    size, bases = _survey(fasta, per=per, channels=model.config.hidden_size, report=report)
+    begun = perf_counter()
+    if not there:
         note = {**identity, "teacher": model.config.teacher, "licence": model.config.licence}
         torch.nn.Module.to(model, torch_device)
         with writing(out, per=per, size=size, note=note) as rows:

@@ -98,7 +98,7 @@ def writing(out: Path, *, per: Per, size: Size, note: Mapping[str, Any]) -> Iter
     Raises StorageError, before anything is written where there is no room.
     """
     make_folder(out.parent)
-    require_room(out, size.nbytes, 8)
+    require_room(out, size.nbytes, 32 + size.nbytes // _BLOCK)
     aside = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     kind = _Zarr if out.suffix == ".zarr" else _Parquet
     try:

@@ -430,3 +430,34 @@ def test_a_saved_student_learns_to_tell_motifs_apart(tmp_path: Path) -> None:
     with torch.no_grad():
         right = model.eval()(**batch).logits.argmax(-1) == labels
     assert float(right.float().mean()) > 0.9
+
+
+def test_transformers_trainer_steps_alike_however_gradients_are_accumulated(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    def trained(batch: int, accumulated: int) -> Tensor:
+        torch.manual_seed(0)
+        model = HADForSequenceClassification(HADConfig(**SMALL, num_labels=2))
+        data = [
+            {"input_ids": some_bases(1, 30, seed=i)[0], "labels": torch.tensor(i % 2)}
+            for i in range(8)
+        ]
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+            max_steps=2,
+            optim="sgd",
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
+        Trainer(model, arguments, train_dataset=data).train()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    torch.testing.assert_close(trained(2, 2), trained(4, 1), rtol=1e-5, atol=1e-5)

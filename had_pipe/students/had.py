@@ -209,6 +209,8 @@ class HADPreTrainedModel(PreTrainedModel):
     config: HADConfig
     base_model_prefix = "had"
     main_input_name = "input_ids"
+    # Losses are means of one batch: whoever accumulates gradients has to divide.
+    accepts_loss_kwargs = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
