@@ -172,7 +172,7 @@ class PartMaker:
         except BaseException as error:
             end = _End.STOPPED
             try:
-                if written is not None and out_of_memory(error) and self._halve():
+                if written is not None and out_of_memory(error) and self._halve(lease):
                     end = _End.AGAIN
             finally:
                 if written is None:  # a signal came while the writer's thread was being started
@@ -200,12 +200,14 @@ class PartMaker:
     def _batch(self) -> int:
         return int(self.numerics["batch"])
 
-    def _halve(self) -> bool:
+    def _halve(self, lease: Lease | None) -> bool:
         """Go on in half the batch, if nothing was made in whole ones and nobody is about to."""
         if len(self._begun) > 1 or self._batch == 1:
             return False
         cache = self._cache.path
         with waiting(lock_of(cache, "plan")):
+            if lease is not None and lease.lost:  # to somebody who makes this part in whole ones
+                return False
             if integrity.numerics_class(cache, self.plan) or _at_work(cache, but=self._leases):
                 return False
             smaller = {**self.numerics, "batch": halved(self._batch, self.plan.part)}
@@ -214,12 +216,12 @@ class PartMaker:
         return True
 
     def _too_much(self, part: Part, error: BaseException) -> str:
+        stays = "; parts are made or being made in these, so they stay" if self._batch > 1 else ""
         return (
             f"{self._cache.path}: the device ran out of memory at {part}, in batches of "
-            f"{self._batch} windows ({in_short(error)}). Everything committed so far is intact. "
-            "The batch stays as it is, since parts are made or being made in it: end what else "
-            "runs on the device, then run the same command again, there or on a device of the "
-            "same kind with more room"
+            f"{self._batch} ({in_short(error)}){stays}. Everything committed so far is intact; end "
+            "what else runs on the device, then run the same command again, there or on a device "
+            "of the same kind with more room"
         )
 
     def _stored(self, part: Part) -> Iterator[_Batch]:

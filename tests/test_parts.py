@@ -353,7 +353,7 @@ def test_out_of_memory_again_and_again_it_ends_at_one_window(
     genome: Path, tmp_path: Path, memory: Plenty
 ) -> None:
     path, teacher = tmp_path / "cache", Hungry(most=6)
-    with pytest.raises(StorageError, match="in batches of 1 windows"):
+    with pytest.raises(StorageError, match=r"in batches of 1 \(CUDA"):
         extract(a_recipe(genome, path), teacher=teacher, report=shrinking(teacher, after=1, to=0))
     assert (1, KMERS) in teacher.shapes
     assert batch_in_receipts(path) == set()
@@ -368,7 +368,7 @@ def test_out_of_memory_while_others_are_at_work_it_stops_and_the_batch_stays(
     begun(genome, path, teacher, parts=0)
     other = lease_of(path, Part("valid", 0, 1))
     assert other.take()
-    with pytest.raises(StorageError, match="in batches of 5 windows"):
+    with pytest.raises(StorageError, match=r"in batches of 5 \(.*so they stay"):
         extract(a_recipe(genome, path), teacher=teacher, report=shrinking(teacher, after=1, to=3))
     other.release()
     assert batch_in_receipts(path) == set()
@@ -387,7 +387,7 @@ def test_out_of_memory_later_it_stops_loses_nothing_and_goes_on(
             teacher=teacher,
             report=shrinking(teacher, after=2 * PART + 5, to=4),
         )
-    assert "out of memory at train/0/00002, in batches of 5 windows" in str(told.value)
+    assert "out of memory at train/0/00002, in batches of 5 (CUDA" in str(told.value)
     assert "1.25 GiB is free" in str(told.value)
     assert "run the same command again" in str(told.value)
     plan = Cache.open(whole).plan
@@ -397,6 +397,31 @@ def test_out_of_memory_later_it_stops_loses_nothing_and_goes_on(
     assert not list((path / ".work" / "leases").iterdir())
     made = extract(a_recipe(genome, path), teacher=Hungry(most=5))
     assert made.parts_made == len(left)
+    assert batch_in_receipts(path) == {5}
+    assert_same_vectors(path, whole)
+
+
+def test_out_of_memory_and_the_part_lost_to_another_the_batch_stays(
+    genome: Path, whole: Path, tmp_path: Path, memory: Plenty
+) -> None:
+    path, teacher = tmp_path / "cache", Hungry(most=6)
+    begun(genome, path, teacher, parts=0)
+    part = Part("train", 0, 0)
+    lease, other = lease_of(path, part), lease_of(path, part)
+    assert lease.take()
+
+    def taken_over(_: int) -> None:
+        lease.path.unlink()
+        assert other.take()
+        teacher.most = 3
+
+    with PartMaker(path, teacher) as maker:
+        with pytest.raises(StorageError, match="so they stay"):
+            maker.make(part, lease, taken_over)
+        assert maker.numerics["batch"] == 5
+    assert not other.lost
+    other.release()
+    extract(a_recipe(genome, path), teacher=Hungry())
     assert batch_in_receipts(path) == {5}
     assert_same_vectors(path, whole)
 
