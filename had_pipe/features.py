@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from time import perf_counter
 
 import numpy as np
@@ -38,6 +39,8 @@ _KMERS = 1024
 """6-mers that distances are taken between, at most: the commonest."""
 _LEAST = 4
 """How often a 6-mer must have been seen, to have a mean worth looking at."""
+_SHIFTS = 5
+"""Ways round the genome that levels are shifted, evenly."""
 _KINDS = 7
 """Kinds of an annotation that have a colour of their own."""
 
@@ -51,6 +54,15 @@ class Likeness:
 
     teacher: float
     student: float
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Share of the variance that lies between the means of levels."""
+
+    share: Likeness
+    shifted: Likeness
+    """The same, once levels are shifted along the genome: what neighbours alone explain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +103,15 @@ class Features:
     """Of the planes: the correlation of points, once turned. 1: the same picture."""
     gc_P: Ints
     """How many G and C a 6-mer has."""
-    gc: Likeness
-    """Share of the variance that lies between groups of unequal GC."""
+    gc: Explained
     soft_level_P: Ints
     """How much of the group's window is soft-masked: 0 for nothing, 1 to 4 for quarters begun."""
-    soft: Likeness
+    soft: Explained
     features: tuple[str, ...]
     """Kinds of the annotation, the commonest first; then what is another, and what is none."""
     feature_P: Ints | None
     """Which of these; None without an annotation."""
-    feature: Likeness | None
+    feature: Explained | None
     kmers: KmerStructure | None
     """None where too few 6-mers were seen often enough."""
 
@@ -278,8 +289,20 @@ class _Kept:
         teacher = Space(teacher_PD)
         student = Space(student_PD)
 
-        def explained(level_P: Ints) -> Likeness:
-            return Likeness(teacher.explained(level_P), student.explained(level_P))
+        along_P = np.lexsort((where.base_P, where.contig_P))
+
+        def explained(level_P: Ints) -> Explained:
+            shifts = []
+            for turn in range(1, _SHIFTS + 1):
+                moved_P = np.empty_like(level_P)
+                shift = turn * len(level_P) // (_SHIFTS + 1)
+                moved_P[along_P] = np.roll(level_P[along_P], shift)
+                shifts.append((teacher.explained(moved_P), student.explained(moved_P)))
+            of_teacher, of_student = zip(*shifts, strict=True)
+            return Explained(
+                Likeness(teacher.explained(level_P), student.explained(level_P)),
+                Likeness(fmean(of_teacher), fmean(of_student)),
+            )
 
         names: tuple[str, ...] = ()
         feature_P = None

@@ -12,7 +12,7 @@ from had_pipe.page import Cloud, Dots, Picture
 from had_pipe.verdicts import percent
 
 if TYPE_CHECKING:
-    from had_pipe.features import Features, Likeness
+    from had_pipe.features import Explained, Features
 
 
 def said(features: Features) -> list[str]:
@@ -108,10 +108,11 @@ def _varied(features: Features) -> bool:
     return len(np.unique(features.soft_level_P)) > 1
 
 
-def _explained(what: str, likeness: Likeness) -> str:
+def _explained(what: str, found: Explained) -> str:
     return (
-        f"{what} explains {percent(likeness.teacher)} of the variance of the teacher's groups and "
-        f"{percent(likeness.student)} of the student's."
+        f"{what} explains {percent(found.share.teacher)} of the variance of the teacher's groups "
+        f"and {percent(found.share.student)} of the student's; shifted along the genome, "
+        f"{percent(found.shifted.teacher)} and {percent(found.shifted.student)}."
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from had_pipe.features import Features, KmerStructure, Likeness
+from had_pipe.features import Explained, Features, KmerStructure, Likeness
 
 STEPS = 110
 FLOORS = {
@@ -187,12 +187,12 @@ def some_features(**changed: Any) -> Features:
         "share": Likeness(0.4, 0.5),
         "agreement": 0.87,
         "gc_P": np.arange(300) % 7,
-        "gc": Likeness(0.31, 0.27),
+        "gc": Explained(Likeness(0.31, 0.27), Likeness(0.001, 0.002)),
         "soft_level_P": np.arange(300) % 5,
-        "soft": Likeness(0.01, 0.02),
+        "soft": Explained(Likeness(0.01, 0.02), Likeness(0.01, 0.01)),
         "features": ("<gene>", "exon", "another", "none"),
         "feature_P": np.arange(300) % 4,
-        "feature": Likeness(0.03, 0.04),
+        "feature": Explained(Likeness(0.03, 0.04), Likeness(0.01, 0.01)),
         "kmers": KmerStructure(
             gc_K=np.arange(90) % 7,
             teacher_K2=at_P2[:90],
