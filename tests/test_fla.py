@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Script
 from test_delta_rule import NAMES, largest_error, some_inputs, step_by_step, with_gradients
 from torch import Tensor
 
-from had_pipe.students import delta_rule, fla_backend
+from had_pipe.students import HADConfig, HADModel, delta_rule, fla_backend
 from had_pipe.students.delta_rule import choose, find_fault
 from had_pipe.students.fla_backend import Shape, gradients_around_states
+from had_pipe.students.had import BidirectionalGDN
 
 if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
     pytest.skip(
@@ -202,3 +204,19 @@ def test_a_length_of_several_chunks_passes_the_self_check_with_our_part(
     refusing: None, taken: None
 ) -> None:
     assert fault_at(170) is None
+
+
+def test_flas_layer_with_our_weights_is_our_layer(script: Script) -> None:
+    config = HADConfig(hidden_size=16, gdn_heads=1, head_dim=16)
+    torch.manual_seed(0)
+    ours = BidirectionalGDN(config)
+    HADModel(config)._init_weights(ours.forwards)
+    HADModel(config)._init_weights(ours.backwards)
+    theirs = script("student").fla_layer(ours, config)
+    told = []
+    for layer in (ours, theirs):
+        x_BSE = torch.randn(1, 70, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y_BSE = layer(x_BSE)
+        told.append((y_BSE.detach(), *torch.autograd.grad(y_BSE.square().sum(), x_BSE)))
+    for a, b in zip(*told, strict=True):
+        assert largest_error(b, a.double()) < 1e-5
