@@ -128,8 +128,7 @@ def measure_features(
     None where there is no student yet, or nothing was held out. Raises CacheMismatch where a cache
     is not one of the run's, InputError where an annotation knows none of the contigs.
     """
-    asked = record.run["recipe"]["train"]
-    split = asked["validation_split"]
+    split = record.asked("train", "validation_split")
     trained_on = [cache["id"] for cache in record.run["caches"]]
     for cache in caches:
         if cache.id not in trained_on:

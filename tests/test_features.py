@@ -140,7 +140,7 @@ def levels(values: list[Any]) -> np.ndarray:
 def test_every_figure_is_that_of_a_loop_over_groups(
     made: Any, tmp_path: Path, kind: dict[str, Any], objective: dict[str, Any]
 ) -> None:
-    cache = made(**kind)
+    cache = made(valid=12, **kind)
     record = read_run(a_run(tmp_path / "run", cache, **objective))
     told: list[Progress] = []
     found = measure_features(
@@ -150,8 +150,8 @@ def test_every_figure_is_that_of_a_loop_over_groups(
     naive = Looked(record, cache, dropped=objective.get("mask_tokens") == "dropped")
     assert found.groups == len(naive.ids) == len(found.teacher_P2)
     assert found.kind == ("masked" if kind.get("store") == "masked" else "visible")
-    assert (found.windows, found.caches) == (32, (cache.id,))
-    assert (told[-1].done, told[-1].total) == (32, 32)
+    assert (found.windows, found.caches) == (12, (cache.id,))
+    assert (told[-1].done, told[-1].total) == (12, 12)
 
     teacher, student = Space(naive.teacher), Space(naive.student)
     along = sorted(range(len(naive.loci)), key=lambda i: naive.loci[i].start)
@@ -195,7 +195,7 @@ def test_every_figure_is_that_of_a_loop_over_groups(
 def test_mean_features_of_kmers_are_those_of_a_loop(
     made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = made()
+    cache = made(valid=12)
     record = read_run(a_run(tmp_path / "run", cache))
     found = measure_features(record, [cache])
     assert found is not None
