@@ -51,13 +51,13 @@ def a_recipe(
             "objective": objective or {},
             "train": {
                 "out": out,
-                "steps": 8,
+                "steps": 6,
                 "batch": 8,
                 "lr": 2e-3,
                 "warmup": 2,
-                "log_every": 4,
-                "validate_every": 4,
-                "checkpoint_every": 4,
+                "log_every": 3,
+                "validate_every": 6,
+                "checkpoint_every": 3,
                 "validation_windows": 16,
                 **train,
             },
@@ -74,8 +74,7 @@ def one_gradient(recipe: Recipe, cache: Path) -> tuple[Learner, Gradient]:
     return learner, learner.gradient(ALONE.average)
 
 
-@pytest.mark.parametrize("masking", ["group", "base"])
-@pytest.mark.parametrize("windows", [1, 2, 4])
+@pytest.mark.parametrize(("windows", "masking"), [(1, "base"), (2, "group")])
 def test_portions_add_up_to_the_whole_batch(
     tmp_path: Path, cache: Path, windows: int, masking: str
 ) -> None:
@@ -106,11 +105,6 @@ def test_the_student_never_sees_more_windows_at_once_than_a_portion(
     assert seen == [2] * (4 + 4 + 8)
 
 
-def test_portions_may_change_within_a_run(tmp_path: Path, cache: Path) -> None:
-    distill(a_recipe(cache, tmp_path / "run"))
-    assert distill(a_recipe(cache, tmp_path / "run", micro_batch=4)).already_done
-
-
 def test_portions_that_do_not_divide_a_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="micro_batch = 3: must divide batch = 8"):
         a_recipe(Path("cache"), Path("run"), micro_batch=3)
@@ -120,7 +114,7 @@ def test_portions_that_do_not_divide_a_batch_are_refused() -> None:
 def averaged(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A run with a moving average and every checkpoint kept."""
     run = tmp_path_factory.mktemp("runs") / "averaged"
-    distill(a_recipe(cache, run, ema=0.4, checkpoint_every=1, keep=100))
+    distill(a_recipe(cache, run, ema=0.37, checkpoint_every=1, keep=100))
     return run
 
 
@@ -130,7 +124,7 @@ def test_the_average_is_a_recurrence_over_all_weights_and_is_what_is_published_a
     recipe = a_recipe(cache, tmp_path)
     assert recipe.train is not None
     saved = checkpoint.checkpoints(averaged / "checkpoints")[::-1]
-    assert len(saved) == 8
+    assert len(saved) == 6
     published = safetensors.torch.load_file(averaged / "student" / "model.safetensors")
     with Cache.open(cache) as opened:
         learner = new_learner(recipe, [opened], CPU)
@@ -138,8 +132,8 @@ def test_the_average_is_a_recurrence_over_all_weights_and_is_what_is_published_a
         for group, module in modules.items():
             mean = {name: p.detach().double().numpy() for name, p in module.named_parameters()}
             for t, path in enumerate(saved, start=1):
-                # It warms up: 2/11, 3/12, 4/13, then 5/14, 6/15 and so on up to 0.4.
-                decay = min(0.4, (1 + t) / (10 + t))
+                # It warms up: 2/11, 3/12, 4/13, 5/14, and then what was asked for.
+                decay = min(0.37, (1 + t) / (10 + t))
                 weights = safetensors.torch.load_file(path / f"{group}.safetensors")
                 for name in mean:
                     now = weights[name].double().numpy()
@@ -168,6 +162,8 @@ def test_an_average_changes_nothing_that_is_learnt(
     tmp_path: Path, cache: Path, averaged: Path
 ) -> None:
     distill(a_recipe(cache, tmp_path / "run"))
+    # Portions and what is kept may change within a run: what is learnt does not depend on them.
+    assert distill(a_recipe(cache, tmp_path / "run", micro_batch=4, keep=1)).already_done
     for name in ("student.safetensors", "objective.safetensors", "optimiser.safetensors"):
         files = [
             checkpoint.checkpoints(run / "checkpoints")[0] / name
@@ -183,11 +179,11 @@ def test_an_average_changes_nothing_that_is_learnt(
 def test_a_run_with_an_average_goes_on_bit_for_bit(
     tmp_path: Path, cache: Path, averaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = a_recipe(cache, tmp_path / "run", ema=0.4, checkpoint_every=1, keep=100)
+    recipe = a_recipe(cache, tmp_path / "run", ema=0.37, checkpoint_every=1, keep=100)
     learn = Learner.learn
 
     def stopped(self: Learner, step: int, batch: Any) -> None:
-        if step == 6:
+        if step == 4:
             raise Interrupted("enough")
         learn(self, step, batch)
 
@@ -207,8 +203,8 @@ def test_a_run_with_an_average_goes_on_bit_for_bit(
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path, cache: Path) -> None:
-    distill(a_recipe(cache, tmp_path / "run", checkpoint_every=2, keep=3))
+    distill(a_recipe(cache, tmp_path / "run", checkpoint_every=1, keep=3))
     saved = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
-    assert [path.name for path in saved] == ["step-00000008", "step-00000006", "step-00000004"]
+    assert [path.name for path in saved] == ["step-00000006", "step-00000005", "step-00000004"]
     with pytest.raises((RecipeError, ValueError), match="keep"):
         a_recipe(cache, tmp_path / "run", keep=0)
