@@ -155,7 +155,13 @@ def described(
         name: getattr(recipe, name).model_dump(mode="json", exclude={"out"})
         for name in ("student", "objective", "train")
     }
-    chosen = kernel(device)
+    shape = learner.student.config
+    chosen = kernel(
+        device,
+        heads=shape.gdn_heads,
+        key=shape.head_dim,
+        value=shape.head_dim * shape.expand_v,
+    )
     return {
         "format": run.FORMAT,
         "recipe": sections,
