@@ -38,9 +38,9 @@ LENGTHS = (90, 170, 1020, 2048)
 compiled for a length."""
 
 # Keys of a trial, and by how large a share of the largest value each result may be off. Kernels may
-# round the factors of float32 products to 10 bits (tf32), which keys that repeat amplify: fla's, so
-# rounded in Triton's interpreter, are off by 1e-3 and, with equal keys, 9e-3; rounded to bfloat16's 7
-# bits, by 6e-3 and 9e-2. A miscompiled gradient is off by more than its own size.
+# round the factors of float32 products to 10 bits (tf32), which keys that repeat amplify: fla's,
+# rounded so in Triton's interpreter, are off by 1e-3 and, with equal keys, 9e-3; rounded to the 7
+# bits of bfloat16, by 6e-3 and 9e-2. A miscompiled gradient is off by more than its own size.
 TRIALS = {
     torch.float32: {"random": 2e-2, "equal": 1e-1, "dinucleotide": 1e-1},
     torch.bfloat16: {"random": 1e-1, "equal": 3e-1, "dinucleotide": 3e-1},
