@@ -160,20 +160,26 @@ def write_comparison(found: Comparison, out: Path) -> None:
 
 def headings(found: Comparison) -> list[str]:
     """Of the columns of `rows`."""
-    return ["run", *found.keys, "seed", "steps", *FIGURES.values()]
+    return ["run", *_columns(found), "seed", "steps", *FIGURES.values()]
+
+
+def _columns(found: Comparison) -> list[str]:
+    """The keys that have a column; which caches it was stands above each table."""
+    return [key for key in found.keys if not key.startswith("cache")]
 
 
 def rows(found: Comparison, table: Table) -> Iterator[tuple[str, list[str]]]:
     """A table in words: each row's kind ("", "mean" or "floor") and its cells."""
+    columns = _columns(found)
     for row in table.settings:
-        values = [shown(row.values[key]) for key in found.keys]
+        values = [_shown(row.values[key]) for key in columns]
         for run in row.runs:
             steps = f"{run.step:,}" if run.step == run.steps else f"{run.step:,} of {run.steps:,}"
             yield "", [run.name, *values, str(run.seed), steps, *_cells(run.figures)]
         if len(row.runs) > 1:
-            name = f"mean of {len(row.runs)} seeds ± standard deviation"
+            name = f"mean ± sd of {len(row.runs)} seeds"
             yield "mean", [name, *values, "", "", *_cells(row.mean, row.spread)]
-    empty = [""] * (len(found.keys) + 2)
+    empty = [""] * (len(columns) + 2)
     for name, floors in _FLOORS.items():
         distinct: dict[str, list[Setting]] = {}
         for row in table.settings:
@@ -187,10 +193,8 @@ def rows(found: Comparison, table: Table) -> Iterator[tuple[str, list[str]]]:
             yield "floor", [name + whose, *empty, *_cells(json.loads(text))]
 
 
-def shown(value: object) -> str:
-    """A recipe's value, or a cache's id, in a table."""
-    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text[:12] if len(text) == 64 else text
+def _shown(value: object) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 # How runs are read

@@ -451,7 +451,7 @@ def test_compare_puts_runs_in_a_table_and_on_a_page(tmp_path: Path) -> None:
     assert lines[1].split()[:3] == ["run", "objective.reconstruct", "seed"]
     names = [line.split("  ")[0] for line in lines[2:9]]
     assert names == [
-        *("had-0", "had-1", "mean of 2 seeds ± standard deviation", "alone"),
+        *("had-0", "had-1", "mean ± sd of 2 seeds", "alone"),
         *("floor: k-mer table", "floor: the mean", "floor: base frequencies"),
     ]
     assert "0.5500 ± 0.0707" in lines[4]

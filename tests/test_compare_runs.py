@@ -59,7 +59,7 @@ def test_seeds_of_one_recipe_are_one_setting_with_mean_and_spread(tmp_path: Path
     kinds = [kind for kind, _ in rows(found, found.tables[0])]
     assert kinds == ["", "", "", "", "mean", "", "floor", "floor", "floor"]
     (line,) = [cells for kind, cells in rows(found, found.tables[0]) if kind == "mean"]
-    assert line[0] == "mean of 4 seeds ± standard deviation"
+    assert line[0] == "mean ± sd of 4 seeds"
     assert "0.6100 ± 0.0841" in line
     assert found.notes == ()
 
@@ -85,6 +85,8 @@ def test_runs_measured_on_other_windows_never_share_a_table(
     found = compare([a_run(tmp_path / "a"), a_run(tmp_path / "b", **other)])
     assert [[row.label for row in table.settings] for table in found.tables] == [["a"], ["b"]]
     assert "were not measured on the same windows" in found.notes[0]
+    # Which cache it was stands above a table, not in it.
+    assert "cache" not in headings(found)
 
 
 def test_floors_of_other_units_are_told_of_whom_they_are(tmp_path: Path) -> None:
