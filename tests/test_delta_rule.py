@@ -276,6 +276,20 @@ def test_fla_runs_as_it_is_where_it_is_right() -> None:
     assert (CPU, SHAPE) not in fla_backend._taken
 
 
+def test_where_our_part_cannot_be_offered_the_torch_path_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def absent() -> None:
+        raise ImportError("cannot import name 'register' from 'fla.backends'")
+
+    monkeypatch.setattr(fla_backend, "_register", absent)
+    chosen = choose(faults("it refuses"), device=CPU, name="a card", shape=SHAPE)
+    assert chosen.name == "torch-chunked"
+    assert "it refuses" in chosen.reason
+    assert "cannot import name 'register'" in chosen.reason
+    assert chosen.reason in caplog.text
+
+
 @pytest.fixture
 def gpu() -> torch.device:
     if not torch.cuda.is_available():

@@ -310,6 +310,11 @@ def _cuda_kernel(index: int, shape: Shape) -> Kernel:
     except ImportError as error:
         reason = f"flash-linear-attention is not installed ({error}); the extra `cuda` brings it"
         return Kernel(name="torch-chunked", reason=reason)
+    # It looks for devices and compilers as it is imported, which may fail in any way.
+    except Exception as error:
+        reason = f"flash-linear-attention cannot be imported: {_in_a_line(error)}"
+        _log.warning("%s; the slower torch path runs instead", reason)
+        return Kernel(name="torch-chunked", reason=reason)
     return choose(
         lambda: find_fault(_fla_rule, device=device, shape=shape),
         device=device,
@@ -329,8 +334,12 @@ def choose(
     if alone is None:
         reason = "flash-linear-attention agrees with the torch path, gradients included"
         return Kernel(name="fla", reason=reason)
-    fla_backend.take_over(device, shape)
-    together = fault()
+    try:
+        fla_backend.take_over(device, shape)
+        together = fault()
+    # Another release may not ask backends, or ask them otherwise.
+    except Exception as error:
+        together = _in_a_line(error)
     if together is None:
         reason = (
             f"flash-linear-attention is not right on {name} by itself ({alone}); with one "
@@ -373,10 +382,14 @@ def find_fault(
                     fault = _compare(rule, inputs, weight, tolerance=tolerance)
             # A kernel of another library may refuse or fail in any way; all mean: not this one.
             except Exception as error:
-                return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                return _in_a_line(error)
             if fault is not None:
                 return f"{fault} ({S} positions, {keys} keys, {dtype})"
     return None
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _trial(
