@@ -47,7 +47,9 @@ def one_rank(asked: dict[str, Any], rank: int) -> dict[str, Any]:
     told: list[tuple[str, int]] = []
     try:
         made = distill(
-            Recipe.model_validate(recipe), report=lambda now: told.append((now.what, now.done))
+            Recipe.model_validate(recipe),
+            device=asked["device"],
+            report=lambda now: told.append((now.what, now.done)),
         )
     except BaseException as error:
         traceback.print_exc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from had_pipe.stream import Stream
 from had_pipe.task import new_learner
 
 CPU = torch.device("cpu")
+train = partial(distill, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_the_student_never_sees_more_windows_at_once_than_a_portion(
         return losses(self, batch)
 
     monkeypatch.setattr(Learner, "_losses", counting)
-    distill(a_recipe(cache, tmp_path / "run", steps=2, warmup=1, micro_batch=2))
+    train(a_recipe(cache, tmp_path / "run", steps=2, warmup=1, micro_batch=2))
     # Four portions of a batch of 8, twice, and 16 held-out windows.
     assert seen == [2] * (4 + 4 + 8)
 
@@ -114,7 +116,7 @@ def test_portions_that_do_not_divide_a_batch_are_refused() -> None:
 def averaged(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A run with a moving average and every checkpoint kept."""
     run = tmp_path_factory.mktemp("runs") / "averaged"
-    distill(a_recipe(cache, run, ema=0.37, checkpoint_every=1, keep=100))
+    train(a_recipe(cache, run, ema=0.37, checkpoint_every=1, keep=100))
     return run
 
 
@@ -161,9 +163,9 @@ def test_the_average_is_a_recurrence_over_all_weights_and_is_what_is_published_a
 def test_an_average_changes_nothing_that_is_learnt(
     tmp_path: Path, cache: Path, averaged: Path
 ) -> None:
-    distill(a_recipe(cache, tmp_path / "run"))
+    train(a_recipe(cache, tmp_path / "run"))
     # Portions and what is kept may change within a run: what is learnt does not depend on them.
-    assert distill(a_recipe(cache, tmp_path / "run", micro_batch=4, keep=1)).already_done
+    assert train(a_recipe(cache, tmp_path / "run", micro_batch=4, keep=1)).already_done
     for name in ("student.safetensors", "objective.safetensors", "optimiser.safetensors"):
         files = [
             checkpoint.checkpoints(run / "checkpoints")[0] / name
@@ -190,8 +192,8 @@ def test_a_run_with_an_average_goes_on_bit_for_bit(
     with monkeypatch.context() as patched:
         patched.setattr(Learner, "learn", stopped)
         with pytest.raises(Interrupted, match="enough"):
-            distill(recipe)
-    distill(recipe)
+            train(recipe)
+    train(recipe)
     for name in ("average", "student", "objective", "optimiser"):
         files = [
             checkpoint.checkpoints(run / "checkpoints")[0] / f"{name}.safetensors"
@@ -203,7 +205,7 @@ def test_a_run_with_an_average_goes_on_bit_for_bit(
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path, cache: Path) -> None:
-    distill(a_recipe(cache, tmp_path / "run", checkpoint_every=1, keep=3))
+    train(a_recipe(cache, tmp_path / "run", checkpoint_every=1, keep=3))
     saved = checkpoint.checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in saved] == ["step-00000006", "step-00000005", "step-00000004"]
     with pytest.raises((RecipeError, ValueError), match="keep"):

@@ -56,9 +56,17 @@ def train() -> Iterator[Train]:
     assert server.stdout is not None
 
     def ask(
-        *recipes: dict[str, Any], world: int, troubles: dict[int, tuple[str, int]] | None = None
+        *recipes: dict[str, Any],
+        world: int,
+        troubles: dict[int, tuple[str, int]] | None = None,
+        device: str = "cpu",
     ) -> list[Any]:
-        asked = {"recipes": recipes, "world": world, "troubles": troubles or {}}
+        asked = {
+            "recipes": recipes,
+            "world": world,
+            "troubles": troubles or {},
+            "device": device,
+        }
         assert server.stdin is not None
         assert server.stdout is not None
         print(json.dumps(asked), file=server.stdin, flush=True)
@@ -177,6 +185,20 @@ def test_portions_and_processes_together_learn_what_one_does(
     ends = train(a_recipe(cache, tmp_path / "run", micro_batch=2), world=2)
     assert [end["error"] for end in ends] == [None, None]
     assert_equal_to_rounding(tmp_path / "run", alone)
+
+
+@pytest.mark.gpu
+def test_two_devices_learn_what_one_processor_does(
+    tmp_path: Path, cache: Path, train: Train, alone: Path
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    ends = train(a_recipe(cache, tmp_path / "run"), world=2, device="cuda")
+    assert [end["error"] for end in ends] == [None, None]
+    found, told = (untimed(run) for run in (tmp_path / "run", alone))
+    for line, other in zip(found, told, strict=True):
+        assert line.pop("kind") == other.pop("kind")
+        assert line == pytest.approx(other, rel=1e-2, abs=1e-4)
 
 
 # How it ends
