@@ -1171,6 +1171,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
         """
 [teacher]
 name = "./ntv2"
+dtype = "float32"
 unchecked = true
 
 [[genome]]

@@ -150,6 +150,7 @@ def a_recipe_to_run(folder: Path, *, views: int) -> Path:
         f"""
 [teacher]
 name = "./ntv2"
+dtype = "float32"
 unchecked = true
 
 [[genome]]
