@@ -145,8 +145,15 @@ def test_threads_are_held_to_usable_processors_unless_somebody_said_how_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(numerics, "usable_processors", lambda: 2)
-    for said, counted, expected in (("", 3, 2), ("", 1, 1), ("3", 3, 3)):
-        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setenv("MKL_NUM_THREADS", "")
+    for name, said, counted, expected in (
+        ("OMP_NUM_THREADS", "", 3, 2),
+        ("OMP_NUM_THREADS", "", 1, 1),
+        ("OMP_NUM_THREADS", "3", 3, 3),
+        ("MKL_NUM_THREADS", "3", 3, 3),
+    ):
+        monkeypatch.setenv("OMP_NUM_THREADS", "")
+        monkeypatch.setenv(name, said)
         torch.set_num_threads(counted)
         fit_threads()
         assert torch.get_num_threads() == expected

@@ -65,7 +65,7 @@ def fit_threads() -> None:
 
     In a container torch counts the machine's: with a share of them, threads wait for each other.
     """
-    if os.environ.get("OMP_NUM_THREADS"):
+    if os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS"):
         return
     usable = usable_processors()
     if usable < torch.get_num_threads():
@@ -85,17 +85,17 @@ def usable_processors(*, cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> 
 def _quotas(cgroups: Path, own: Path) -> Iterator[tuple[int, int]]:
     """Microseconds of processor time a period, of this process's cgroup and of those above it."""
     try:
-        # One line of version 2, "0::/path"; in a container the path may be the host's.
-        paths = [line[3:] for line in own.read_text().splitlines() if line.startswith("0::")]
+        lines = own.read_text().splitlines()
     except OSError:  # not Linux
         return
-    for path in paths:
-        here = cgroups / path.lstrip("/")
+    for line in lines:
+        if not line.startswith("0::/"):  # version 1
+            continue
+        here = cgroups / line[len("0::/") :]
         for folder in (here, *here.parents):
             if folder.is_relative_to(cgroups):
                 try:
-                    quota, period = (folder / "cpu.max").read_text().split()
-                except OSError:  # the root has none
+                    quota, period = map(int, (folder / "cpu.max").read_text().split())
+                except (OSError, ValueError):  # the root has none; "max" is none
                     continue
-                if quota != "max":
-                    yield int(quota), int(period)
+                yield quota, period

@@ -119,7 +119,7 @@ def load_teacher(
     `device` is "auto" (CUDA where there is some), "cpu", "cuda" or "cuda:N". `dtype` says what
     matrix products are in: "float32", "bfloat16" or "auto", which is bfloat16 on CUDA and on a CPU
     with tiles for it (AMX), else float32. `offline` takes a hub name from the local hub cache
-    alone. Where nobody set OMP_NUM_THREADS, torch is held to the processors it may use.
+    alone. Torch is held to the processors it may use, see `numerics.fit_threads`.
     """
     from had_pipe.teachers.folder import read_config_file
     from had_pipe.teachers.hub import HUB_NAME, snapshot
