@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from had_pipe import errors
 from had_pipe.errors import HadPipeError, NetworkError, RecipeError
@@ -30,6 +31,8 @@ _T = TypeVar("_T")
 
 _PATIENCE = timedelta(hours=1)
 """How long one process waits for another, which may be measuring floors over a slow network."""
+_PATIENCE_TO_MEET = timedelta(minutes=10)
+"""And at the start, where one may have failed before it could say so."""
 _PATIENCE_OF_DEVICES = timedelta(minutes=10)
 """And one device for another: their processes have just agreed to go on."""
 _FAILED = 1 << 10
@@ -178,7 +181,10 @@ def joined(place: Place) -> Iterator[Processes]:
             "expected where rank 0 can be reached; torchrun sets both"
         )
     try:
-        dist.init_process_group("gloo", rank=place.rank, world_size=place.world, timeout=_PATIENCE)
+        store, *_ = next(rendezvous("env://", place.rank, place.world, timeout=_PATIENCE_TO_MEET))
+        dist.init_process_group(
+            "gloo", store=store, rank=place.rank, world_size=place.world, timeout=_PATIENCE
+        )
     except (RuntimeError, ValueError) as error:
         raise NetworkError(
             f"rank {place.rank} of {place.world}: the processes of this training did not meet at "
