@@ -62,7 +62,7 @@ HALVES = ("had", "reconstruction_only", "alignment_only")
 UNTRAINED = "untrained"
 TOGETHER = 16
 """Windows handled at once where nothing is trained."""
-RIDGE, LOGISTIC = 1e-3, 1e-4
+RIDGE, LOGISTIC = 1e-3, 1e-2
 """Weights of the squared coefficients, beside mean losses of standardised features."""
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t for an interval of 95 %, by degrees of freedom from 1; more seeds take the last."""
@@ -126,7 +126,7 @@ def logistic(feat_PE: Tensor, base_P: Tensor) -> Fitted:
         optimiser.zero_grad()
         map_E4 = axis_EE @ free_E4
         fit = F.cross_entropy(x_PE @ map_E4 + bias_4, base_P)
-        whole = fit + LOGISTIC / 2 * map_E4.square().sum()
+        whole: Tensor = fit + LOGISTIC / 2 * map_E4.square().sum()
         whole.backward()
         return whole
 
@@ -135,8 +135,8 @@ def logistic(feat_PE: Tensor, base_P: Tensor) -> Fitted:
     # The loss is convex: where it is flat it is least.
     steepest = max(float(part.grad.abs().max()) for part in free if part.grad is not None)
     assert steepest < 1e-5, f"the regression has not come to its end: its slope is {steepest:.1e}"
-    map_E4, bias_4 = axis_EE @ free_E4.detach(), bias_4.detach()
-    return lambda other_PE: standard(other_PE) @ map_E4 + bias_4
+    found_E4: Tensor = axis_EE @ free_E4.detach()
+    return lambda other_PE: standard(other_PE) @ found_E4 + bias_4.detach()
 
 
 @dataclass(frozen=True, kw_only=True)
