@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from conftest import REPOSITORY
 from small_cache import build_cache
 
 from had_pipe import checkpoint
-from had_pipe.errors import RecipeError
-from had_pipe.parallel import ALONE, Place
+from had_pipe.errors import NetworkError, RecipeError
+from had_pipe.parallel import ALONE, Place, joined
 from had_pipe.run import read_metrics
 
 TINY = {
@@ -379,6 +381,25 @@ def test_a_launcher_says_which_process_this_is() -> None:
     for name, text in [("RANK", "8"), ("RANK", "-1"), ("LOCAL_RANK", ""), ("WORLD_SIZE", "two")]:
         with pytest.raises(RecipeError, match=rf"{name}='{text}'.* start them with torchrun"):
             Place.of({**said, name: text})
+
+
+def test_processes_that_do_not_meet_are_told_where_they_looked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RecipeError, match="MASTER_ADDR=None"), joined(Place(1, 2, 1)):
+        pass
+    monkeypatch.setattr("had_pipe.parallel._PATIENCE_TO_MEET", timedelta(seconds=1))
+    with socket.socket() as nobody:  # it has a port, and does not listen there
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with (
+            pytest.raises(NetworkError, match=rf"rank 1 of 2: .* did not meet at 127.0.0.1:{port}"),
+            joined(Place(1, 2, 1)),
+        ):
+            pass
 
 
 def test_a_process_alone_talks_to_nobody() -> None:
