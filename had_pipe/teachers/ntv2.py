@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -256,8 +257,9 @@ def compiled_block(model: NTv2) -> RunBlock | None:
     weight = model.embedding.weight
     config = model.config
     try:
-        if dynamo.disable:
-            raise RuntimeError("TORCHDYNAMO_DISABLE is set")
+        # torch heeds the variable as well, without a word: it is not among its settings.
+        if dynamo.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+            raise RuntimeError("TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set")
         # The smallest input tells whether there is a compiler, and what it makes runs.
         with torch.inference_mode(), fused_attention(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
