@@ -8,11 +8,11 @@ speed     For each teacher (the demo's own, and a wider one with random weights:
           it, embedded again in another batch, equal what is stored. Then rounds are interleaved of
             teacher alone       the same windows in the same batches, vectors left where they are
             extraction          all parts: encoded, copied, hashed, written, synced, recorded
-          Planning, calibrating and sealing do not grow with views and are told apart. A batch's way
-          is also walked step by step, each step waited for. Exposed is what the teacher has to wait
-          for: on a CPU all but the writing; on a GPU what its own stream computes besides, since
-          preparing, copying and writing go on beside it. What `benchmarks/store.py` has is the
-          writer alone.
+          Planning, calibrating, finding the batch and sealing do not grow with views: the first run
+          alone has them, told apart. A batch's way is also walked step by step, each step waited
+          for. Exposed is what the teacher has to wait for: on a CPU all but the writing; on a GPU
+          what its own stream computes besides, since preparing, copying and writing go on beside
+          it. What `benchmarks/store.py` has is the writer alone.
 growth    A small teacher over a genome, and over one with ten times as many contigs, each planned
           in one process and extracted in another: most memory that either held, and seconds.
 
@@ -49,6 +49,7 @@ from had_pipe.cache import Cache, integrity, writer
 from had_pipe.cache.layout import Part
 from had_pipe.dna.kmers import reverse_complement
 from had_pipe.job import Job
+from had_pipe.parts import PartMaker
 from had_pipe.progress import Progress
 from had_pipe.recipe import Recipe
 from had_pipe.teachers.ntv2 import NTv2Config, random_model
@@ -312,6 +313,8 @@ def measure_teacher(shape: Shape, folder: Path, *, rounds: int, device: str) -> 
 
     def extraction() -> float:
         integrity.forget(target, cache.plan.parts())
+        with PartMaker(target, teacher):
+            pass  # notes how many windows fit, for which a GPU is tried: once, however much is made
         made = stage.extract(recipe, teacher=teacher)
         assert made.cache_id == cache.id
         return made.windows_per_second

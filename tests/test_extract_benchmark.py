@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import Script
 
+from had_pipe import batches
 from had_pipe.cache import Cache
 from had_pipe.extract import extract
 from had_pipe.teachers.ntv2 import NTv2Config, random_model
@@ -88,6 +89,25 @@ def test_the_teacher_alone_sees_the_batches_of_extraction(bench: Any, tmp_path: 
     assert bench.Alone(cache, alone, batch=16).rate() > 0
     assert len(alone.batches) == 5  # two of each whole part, one of the last
     assert extracting.batches[-5:] == alone.batches
+
+
+def test_how_many_windows_fit_is_found_before_extraction_is_timed(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+
+    def note(name: str, was: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            found.append(name)
+            return was(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr("had_pipe.parts.fit_batch", note("tried", batches.fit_batch))
+    monkeypatch.setattr(bench.stage, "extract", note("extract", bench.stage.extract))
+    shape = bench.Shape("wide", TINY, 120, windows=8, part=8)
+    bench.measure_teacher(shape, tmp_path, rounds=1, device="cpu")
+    assert found == ["extract", "tried", *2 * ["tried", "extract"]]
 
 
 def test_growth_is_of_one_contig_and_of_ten(
