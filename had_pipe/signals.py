@@ -31,6 +31,8 @@ class Signals:
         self.caught: str | None = None
         self._let_go = let_go
         self._waiting = False
+        # To this process itself: of what was caught it may have been told.
+        self._came = False
 
     def __enter__(self) -> Signals:
         self._before = {}
@@ -45,8 +47,12 @@ class Signals:
             signal.signal(number, handler)
 
     def _catch(self, number: int, _: FrameType | None) -> None:
-        if self.caught:
+        if self._came:
             raise KeyboardInterrupt
+        self._came = True
+        if self.caught:
+            # The same that came to others a moment before: what is being saved is saved to the end.
+            return
         self.caught = signal.Signals(number).name
         if self._waiting:
             self._release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from had_pipe import checkpoint
 from had_pipe.errors import NetworkError, RecipeError
 from had_pipe.parallel import ALONE, Place, joined
 from had_pipe.run import read_metrics
+from had_pipe.signals import Signals, Stopped
 
 TINY = {
     "hidden_size": 32,
@@ -400,6 +402,17 @@ def test_processes_that_do_not_meet_are_told_where_they_looked(
             joined(Place(1, 2, 1)),
         ):
             pass
+
+
+def test_a_signal_that_others_told_of_first_is_not_taken_for_a_second_one() -> None:
+    with Signals() as signals:
+        with pytest.raises(Stopped):
+            signals.obey(signal.SIGTERM)
+        # A launcher signals all of them, not at one moment; this one may be saving by now.
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.caught == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_process_alone_talks_to_nobody() -> None:
