@@ -503,7 +503,6 @@ class MaskedLMTeacher:
             transformers=transformers.__version__,
         )
         self._device, self._compute, self._vocabulary = device, compute, shape.vocabulary
-        self._token_of_kmer = torch.from_numpy(shape.vocabulary.token_of_kmer).to(device)
         self._check_behaviour()
 
     def embed(self, kmer_id_WT: npt.NDArray[np.uint16], hidden_WT: npt.NDArray[np.bool_]) -> Tensor:
@@ -529,9 +528,8 @@ class MaskedLMTeacher:
             logits = self._model(input_ids=self._tokens(kmer_id_WT, hidden_WT)).logits
             hidden = torch.from_numpy(np.ascontiguousarray(hidden_WT)).to(self._device)
             logits_NPV = self._of_kmers(logits, kmer_id_WT.shape[1])[hidden].float()
-            token_NP = self._token_of_kmer[
-                torch.from_numpy(kmer_id_WT[hidden_WT].astype(np.int64)).to(self._device)
-            ]
+            token_NP = torch.from_numpy(self._vocabulary.token_of_kmer[kmer_id_WT[hidden_WT]])
+            token_NP = token_NP.to(self._device)
             nats = F.cross_entropy(logits_NPV.flatten(0, 1), token_NP.flatten(), reduction="none")
         return nats.view(token_NP.shape).double().sum(1).cpu().numpy()
 
@@ -547,15 +545,20 @@ class MaskedLMTeacher:
         assert hidden_WT.shape == (windows, kmers)
         assert 1 <= kmers <= self.context
         assert kmer_id_WT.size == 0 or int(kmer_id_WT.max()) < KMERS
-        kmer_id = torch.from_numpy(kmer_id_WT.astype(np.int64)).to(self._device)
-        hidden = torch.from_numpy(np.ascontiguousarray(hidden_WT)).to(self._device)
-        token_WTP = self._token_of_kmer[kmer_id]
-        token_WTP = token_WTP.masked_fill(hidden[..., None], self._vocabulary.mask)
+        vocabulary = self._vocabulary
+        token_WTP = vocabulary.token_of_kmer[kmer_id_WT]
+        token_WTP[hidden_WT] = vocabulary.mask
         before, after = (
-            token_WTP.new_tensor(special).expand(windows, -1)
-            for special in (self._vocabulary.before, self._vocabulary.after)
+            np.broadcast_to(np.array(special, dtype=np.int64), (windows, len(special)))
+            for special in (vocabulary.before, vocabulary.after)
         )
-        return torch.cat((before, token_WTP.flatten(1), after), dim=1)
+        token = torch.from_numpy(
+            np.concatenate((before, token_WTP.reshape(windows, -1), after), axis=1)
+        )
+        if self._device.type == "cuda":
+            # From pinned memory the copy waits its turn on the device, and nobody for the copy.
+            token = token.pin_memory().to(self._device, non_blocking=True)
+        return token
 
     def _encoded(self, token: Tensor) -> Tensor:
         """The encoder's output at the layer, for every token; what lies above is not run."""
