@@ -344,7 +344,9 @@ def test_a_hub_name_is_taken_from_the_local_hub_cache(
     hub_cache: Path, folder: Path, name: str, licence: str
 ) -> None:
     put_in_hub_cache(hub_cache, name, folder)
-    teacher = load_teacher(name, revision=COMMIT, layer=2, device="cpu", offline=True)
+    teacher = load_teacher(
+        name, revision=COMMIT, layer=2, device="cpu", dtype="float32", offline=True
+    )
     assert (teacher.name, teacher.revision, teacher.licence) == (name, COMMIT, licence)
     kmer_id_WT, hidden_WT = some_kmers(2, 20), np.zeros((2, 20), dtype=np.bool_)
     expected = load(folder, layer=2).embed(kmer_id_WT, hidden_WT)

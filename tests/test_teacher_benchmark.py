@@ -153,7 +153,9 @@ def test_the_teachers_benchmark_runs_and_tells_what_it_found(
     assert ways["ours"]["minutes_for_genome"] * 60 * rate * 120 / 21 == pytest.approx(3.1e9)
     found = result["numerics"]["found"]
     assert found["bfloat16 against float32"]["lowest_cosine"] > 0.99
-    assert found["float32: batches of 1 against 4"]["largest"] < 2e-5
+    # In bfloat16, which a CPU with tiles computes in, a rounding is as large as this.
+    largest = 2e-5 if result["dtype"] == "float32" else 0.1
+    assert found[f"{result['dtype']}: batches of 1 against 4"]["largest"] < largest
     told = teacher.table(result)
     assert "50m, 120 bases: 3 windows of 21 tokens" in told
     assert all(name in told for name in ways)
