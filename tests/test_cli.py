@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
+import torch
 import typer.main
 import zarr
 from conftest import REPOSITORY
@@ -764,6 +765,15 @@ def test_every_error_is_a_message_and_its_exit_code(cls: type[errors.HadPipeErro
     result = answer(cls("x.toml: [windows] bases = 7: must be [bold]6[/bold]"))
     assert result.exit_code == cls.exit_code
     assert result.stderr == "had-pipe: x.toml: [windows] bases = 7: must be [bold]6[/bold]\n"
+
+
+def test_a_device_without_memory_is_a_message_and_not_a_bug() -> None:
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.25 GiB is free. Try else."
+    result = answer(torch.OutOfMemoryError(said))
+    assert result.exit_code == errors.StorageError.exit_code
+    assert "1.25 GiB is free). What was finished is kept" in result.stderr
+    assert "Try else" not in result.stderr
+    assert isinstance(answer(RuntimeError("shapes differ")).exception, RuntimeError)
 
 
 def test_ctrl_c_says_how_to_continue_and_exits_with_75() -> None:

@@ -88,6 +88,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "parallel",  # of several processes one speaks
         *{"verdicts", "features", "compare"},
         "students",  # doctor says which kernel runs
+        "batches",  # tells a device that is full from a bug
     },
 }
 

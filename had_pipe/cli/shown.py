@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from had_pipe.durable import as_storage_error
-from had_pipe.errors import HadPipeError, Interrupted, RecipeError
+from had_pipe.errors import HadPipeError, Interrupted, RecipeError, StorageError
 from had_pipe.errors import shown as harmless
 from had_pipe.progress import Progress, Reporter
 from had_pipe.sizes import size
@@ -132,6 +132,17 @@ def answering(command: Callable[_P, None]) -> Callable[_P, None]:
             if failed is None:
                 raise
             fail(str(failed), failed.exit_code)
+        except RuntimeError as error:
+            from had_pipe.batches import in_short, out_of_memory
+
+            if not out_of_memory(error):
+                raise
+            fail(
+                f"the device ran out of memory ({in_short(error)}). What was finished is kept: end "
+                "what else runs there, or take fewer windows at once (training: [train] "
+                "micro_batch), then run the same command again",
+                StorageError.exit_code,
+            )
 
     return answered
 
