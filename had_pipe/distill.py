@@ -223,16 +223,20 @@ class _Run:
 
     def begin(self) -> bool:
         """Take the folder for this run, or find it begun; whether all was done before."""
-        told = b""
+        told, asked = b"", self._document["recipe"]["train"]
         with self._processes.together():
             if self._processes.first:
                 run.begin(self.out, self._document)
-                told = json.dumps([self.id, (self.out / run.STUDENT).exists()]).encode()
-        there, done = json.loads(self._processes.share(told))
+                done = (self.out / run.STUDENT).exists()
+                told = json.dumps([self.id, asked, done]).encode()
+        there, asked_there, done = json.loads(self._processes.share(told))
+        # What may change within a run too: by it they know when, and in what portions, to meet.
+        differing = [key for key, value in asked.items() if asked_there.get(key) != value]
         with self._processes.together():
-            if there != self.id:
+            if there != self.id or differing:
+                keys = f" (other {', '.join(differing)} in [train])" if differing else ""
                 raise RunMismatch(
-                    "the first process was given another recipe or cache: run "
+                    f"the first process was given another recipe or cache{keys}: run "
                     f"{there[:12]} there, {self.id[:12]} here; start all of them by the same "
                     "command, with the same files"
                 )

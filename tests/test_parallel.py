@@ -274,13 +274,17 @@ def test_targets_that_are_not_finite_are_named_by_whoever_read_them(
     assert all(fault in end["said"] for end in ends)
 
 
+@pytest.mark.parametrize("key", ["lr", "validate_every"], ids=["the run", "when they meet"])
 def test_another_recipe_for_one_of_them_is_refused(
-    tmp_path: Path, cache: Path, train: Train
+    tmp_path: Path, cache: Path, train: Train, key: str
 ) -> None:
-    out = tmp_path / "run"
-    ends = train(a_recipe(cache, out), a_recipe(cache, out, lr=1e-3), world=2)
+    recipe, other = (a_recipe(cache, tmp_path / "run") for _ in range(2))
+    other["train"][key] = 1
+    ends = train(recipe, other, world=2)
     assert [end["error"] for end in ends] == ["RunMismatch"] * 2
-    assert ends[0]["said"].startswith("rank 1 of 2: the first process was given another recipe")
+    assert ends[0]["said"].startswith(
+        f"rank 1 of 2: the first process was given another recipe or cache (other {key} in [train])"
+    )
 
 
 @pytest.mark.parametrize(
