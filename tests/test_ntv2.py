@@ -371,6 +371,24 @@ def test_repeats_in_the_longest_context_equal_the_float64_forward(
             assert worst(model(token, layer=layer, run=run)[0], expected) <= TOLERANCE
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "compiled"])
+def test_cuda_repeats_in_the_longest_context_equal_the_float64_forward(
+    tmp_path: Path, fused: bool
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    weights = random_weights(ORACLE, seed=3)
+    model = load_checkpoint(write_folder(tmp_path, ORACLE, weights)).to("cuda")
+    run = compiled(model) if fused else None
+    row = repeats(seed=0)
+    here = forward_float64(row, weights, layers=3, heads=4, eps=ORACLE.layer_norm_eps)
+    token = torch.from_numpy(row)[None].to("cuda")
+    with torch.inference_mode(), fused_attention(model):
+        for layer, expected in ((1, here.blocks[0]), (2, here.blocks[1]), (-1, here.final)):
+            assert worst(model(token, layer=layer, run=run)[0].cpu(), expected) < 1e-4
+
+
 def test_a_window_of_nothing_but_poly_a_equals_the_float64_forward(
     tmp_path: Path, tiny_weights: Weights
 ) -> None:
