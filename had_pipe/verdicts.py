@@ -21,10 +21,16 @@ def verdicts(record: RunRecord) -> list[str]:
     if not record.train:
         return [*said, "Nothing has been measured yet."]
     if not record.validation:
+        # Floors are measured before the first step, on what is held out.
+        why = (
+            "No windows were held out"
+            if record.floors is None
+            else "The student was not measured on held-out windows yet"
+        )
         return [
             *said,
-            "No windows were held out, so nothing here is measured on DNA the student has not "
-            "seen: the figures are those of training batches.",
+            f"{why}, so nothing here is measured on DNA the student has not seen: the figures are "
+            "those of training batches.",
         ]
     last, floors = record.validation[-1], record.floors
     if floors is not None:

@@ -83,6 +83,13 @@ def test_a_run_without_held_out_windows_says_so(tmp_path: Path) -> None:
     assert (run / "report.html").is_file()
 
 
+def test_a_run_before_its_first_validation_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "young", [FLOORS, train_row(10)])
+    said = " ".join(verdicts(read_run(run)))
+    assert "The student was not measured on held-out windows yet" in said
+    assert "No windows" not in said
+
+
 def test_a_term_of_weight_0_has_no_chart_and_no_sentence(tmp_path: Path) -> None:
     rows = [train_row(10), validation_row(55), train_row(STEPS), validation_row(STEPS)]
     for row in rows:
