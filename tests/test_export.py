@@ -267,6 +267,16 @@ def test_a_student_is_loaded_whichever_head_it_has(
     assert type(load_student(tmp_path / "classes")) is HADModel
 
 
+def test_a_student_saved_in_half_precision_is_used_in_whole(
+    student: HADModel, tmp_path: Path
+) -> None:
+    halved = HADModel(student.config).to(torch.bfloat16)
+    halved.save_pretrained(tmp_path)
+    loaded = load_student(tmp_path)
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, halved.state_dict()[name].float()), name
+
+
 def _spoil(folder: Path, how: str) -> None:
     config = folder / "config.json"
     if how == "no folder":
@@ -284,6 +294,12 @@ def _spoil(folder: Path, how: str) -> None:
         (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
     elif how == "too few tensors":
         config.write_text(re.sub(r'"layers": 2', '"layers": 3', config.read_text()))
+    elif how == "too many tensors":
+        config.write_text(re.sub(r'"layers": 2', '"layers": 1', config.read_text()))
+    elif how == "no such student":
+        config.write_text(
+            re.sub(r'"attention_heads": 2', '"attention_heads": 3', config.read_text())
+        )
     else:
         config.write_text(re.sub(r'"mlp": 24', '"mlp": 25', config.read_text()))
 
@@ -297,6 +313,8 @@ def _spoil(folder: Path, how: str) -> None:
         ("no weights", "no model.safetensors"),
         ("cut", "cannot be loaded"),
         ("too few tensors", "lacks"),
+        ("too many tensors", "knows nothing of"),
+        ("no such student", "cannot be loaded"),
         ("another shape", "cannot be loaded"),
     ],
 )

@@ -98,10 +98,16 @@ def load_student(folder: Path, *, device: torch.device | str = "cpu") -> HADMode
         with redirect_stderr(StringIO()):
             # The stubs know of one result only.
             loaded: Any = HADModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+                folder,
+                dtype=torch.float32,  # whatever it was saved in
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
-    # A damaged folder shows itself in any of these, out of three libraries.
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+    # A damaged folder shows itself in any of these, out of three libraries and of our own shapes.
+    except (
+        SafetensorError, OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError,
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             f"{folder}: cannot be loaded ({type(error).__name__}: {reason}); copy it again"
@@ -111,6 +117,12 @@ def load_student(folder: Path, *, device: torch.device | str = "cpu") -> HADMode
         raise InputError(
             f"{folder}: {WEIGHTS} lacks {len(missing)} of the student's tensors, {missing[0]} for "
             "one; copy it again"
+        )
+    if strange := sorted(loaded[1]["unexpected_keys"]):
+        # A student of fewer layers would load, and say something else.
+        raise InputError(
+            f"{folder}: {WEIGHTS} holds {len(strange)} tensors that config.json knows nothing of, "
+            f"{strange[0]} for one; copy both again"
         )
     nn.Module.to(student, device)
     nn.Module.eval(student)
