@@ -95,18 +95,19 @@ def embed(
             "overlap from 0 to less than the window"
         )
     torch_device = _device(device)
+    read_contigs(fasta)  # says what is wrong with a file that is none
+    before = fasta.stat()
     identity = {
         "format": FORMAT,
         "per": per,
         "window": window,
         "overlap": overlap,
         "student_sha256": _sha256(student / WEIGHTS),
-        "sequences_sha256": _sha256_of_sequences(fasta),
+        "sequences_sha256": _sha256(fasta),
     }
     there = out.exists()
     if there:
         _require_same(out, identity)
-    before = fasta.stat()
     size, bases = _survey(fasta, per=per, channels=model.config.hidden_size, report=report)
     begun = perf_counter()
     if not there:
@@ -171,11 +172,6 @@ def _changed(fasta: Path) -> InputError:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256_of_sequences(fasta: Path) -> str:
-    read_contigs(fasta)  # says what is wrong with a file that is none
-    return _sha256(fasta)
 
 
 def _survey(fasta: Path, *, per: Per, channels: int, report: Reporter) -> tuple[Size, int]:

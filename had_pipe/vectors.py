@@ -72,11 +72,14 @@ class Rows(Protocol):
 
 
 def check_name(out: Path) -> None:
-    """Raise RecipeError unless the name says what the file is to be."""
+    """Raise RecipeError unless the name says what the file is to be, and lies in a folder."""
     if out.suffix not in (".parquet", ".zarr"):
         raise RecipeError(
             f"--out {out}: expected a name that ends in .parquet (one file) or .zarr (a folder)"
         )
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise RecipeError(f"--out {out}: {above} is not a folder; use another name")
 
 
 def note_of(out: Path) -> Any:

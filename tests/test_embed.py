@@ -404,6 +404,11 @@ def test_what_cannot_be_asked_for_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_below_a_file_is_refused(folder: Path, fasta: Path) -> None:
+    with pytest.raises(RecipeError, match=f"{fasta} is not a folder"):
+        embed.embed(fasta, student=folder, out=fasta / "deep" / "x.zarr", device="cpu")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
