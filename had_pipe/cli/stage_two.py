@@ -191,7 +191,7 @@ def report(
 @answering
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="The runs' folders, two or more.")
+        list[Path], typer.Argument(metavar="RUN", help="The runs' folders, two or more.")
     ],
     out: Annotated[
         Path | None,

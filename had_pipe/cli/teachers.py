@@ -35,9 +35,9 @@ def teachers(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the teachers that can be loaded: families known to work, and checkpoints found here.
+    """List the teachers that can be loaded.
 
-    Looks into the local hub cache and the folders named. Reads no weights and contacts no host.
+    Families known to work, and checkpoints found here. Looks into the local hub cache and the folders named. Reads no weights and contacts no host.
     """
     if context.invoked_subcommand is not None:
         return
