@@ -361,15 +361,15 @@ def batch_to_plan_with(
 ) -> int:
     """The batch to calibrate in, for whoever holds the lease on planning.
 
-    That of the parts of a plan which is made once more; else as many windows as fit, noted.
+    That of the parts of a plan which is made once more; else as many windows as fit now, noted:
+    where there is no plan, what an earlier attempt noted binds nobody, and may be why it failed.
     """
-    found: Numerics | None = None
     if like is None:
-        found = _noted_numerics(cache, teacher, kmers=kmers, part=part)
-    else:
-        with suppress(CacheError):  # it is planned again because something is damaged
-            found = integrity.numerics_class(cache, like)
-    batch = None if found is None else batch_of(found, teacher, part=part)
+        return int(_newly_noted(cache, teacher, kmers=kmers, part=part)["batch"])
+    batch = None
+    with suppress(CacheError):  # it is planned again because something is damaged
+        found = integrity.numerics_class(cache, like)
+        batch = None if found is None else batch_of(found, teacher, part=part)
     return fit_batch(teacher, kmers=kmers, part=part) if batch is None else batch
 
 
@@ -402,6 +402,10 @@ def _noted_numerics(cache: Path, teacher: Teacher, *, kmers: int, part: int) -> 
         # Those of another class may have gone before they made anything.
         if batch_of(noted, teacher, part=part) is not None or _at_work(cache):
             return noted
+    return _newly_noted(cache, teacher, kmers=kmers, part=part)
+
+
+def _newly_noted(cache: Path, teacher: Teacher, *, kmers: int, part: int) -> Numerics:
     batch = fit_batch(teacher, kmers=kmers, part=part)
     numerics = {**teacher.numerics, "batch": batch}
     _note_numerics(cache, numerics)

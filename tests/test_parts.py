@@ -349,6 +349,23 @@ def test_out_of_memory_in_the_first_part_it_begins_again_in_half_the_batch(
     assert_same_vectors(path, whole)
 
 
+def test_out_of_memory_while_planning_the_next_attempt_tries_what_fits_then(
+    genome: Path, whole: Path, tmp_path: Path, memory: Plenty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, teacher = tmp_path / "cache", Hungry()
+
+    def shrink(array: Any) -> tuple[int, int]:
+        teacher.most = 6
+        return 0, 1
+
+    monkeypatch.setattr(memory, "used", shrink)
+    with pytest.raises(StorageError, match="calibrating in batches of 20 windows"):
+        extract(a_recipe(genome, path), teacher=teacher)
+    extract(a_recipe(genome, path), teacher=teacher)
+    assert batch_in_receipts(path) == {5}
+    assert_same_vectors(path, whole)
+
+
 def test_out_of_memory_again_and_again_it_ends_at_one_window(
     genome: Path, tmp_path: Path, memory: Plenty
 ) -> None:
