@@ -37,7 +37,8 @@ def teachers(
 ) -> None:
     """List the teachers that can be loaded.
 
-    Families known to work, and checkpoints found here. Looks into the local hub cache and the folders named. Reads no weights and contacts no host.
+    Families known to work, and checkpoints found here: in the local hub cache and the folders
+    named. Reads no weights and contacts no host.
     """
     if context.invoked_subcommand is not None:
         return
