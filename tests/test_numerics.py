@@ -90,6 +90,16 @@ def test_auto_is_bfloat16_on_cuda_and_where_a_cpu_has_tiles_for_it(
         assert compute_dtype(CPU, "bfloat16") == torch.bfloat16
 
 
+def test_two_builds_of_one_torch_for_a_gpu_are_two_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "one")
+    told = []
+    for build in ("12.8", "13.0"):
+        monkeypatch.setattr(torch.version, "cuda", build)
+        told.append(numerics.numerics(torch.device("cuda"), compute=torch.bfloat16, kernels="sdpa"))
+    assert [one.pop("cuda") for one in map(dict, told)] == ["12.8", "13.0"]
+    assert told[0]["device"] == told[1]["device"] == "cuda:one"
+
+
 # --- threads -------------------------------------------------------------------------------------
 
 

@@ -49,7 +49,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _machine(device: torch.device) -> dict[str, str | int]:
     """What of a device decides the last bits of its sums."""
     if device.type == "cuda":
-        return {"device": f"cuda:{torch.cuda.get_device_name(device)}"}
+        # Of two builds of one torch, each brings matrix products of its own.
+        build = torch.version.cuda or torch.version.hip or "unknown"
+        return {"device": f"cuda:{torch.cuda.get_device_name(device)}", "cuda": build}
     # By it MKL is told to sum in one order, whatever the machine, its threads and the batch.
     mkl = os.environ.get("MKL_CBWR")
     return {
