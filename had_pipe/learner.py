@@ -103,7 +103,8 @@ class Learner:
             fused=True,
         )
         self._parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
-        self._loss_terms = torch.zeros(len(TERMS), device=device)
+        # Terms and gradients of the batch that was learnt and not asked for yet.
+        self._learnt: Tensor | None = None
         self._updates = 0
         self._average = (
             None if train.ema is None else [p.detach().clone() for p in self._parameters]
@@ -120,20 +121,25 @@ class Learner:
             losses = self._losses(portion)
             (losses.total / len(portions)).backward()
             terms.append(torch.stack(_terms(losses)))
-        # Portions are equally long: the batch's means are the means of theirs.
-        self._loss_terms = torch.stack(terms).mean(dim=0)
+        # Portions are equally long: the batch's means are the means of theirs. In one piece, for a
+        # reduction costs its delay more than its bytes; and made here, where a device without room
+        # for it says so before the others wait for it.
+        gradients = (gradient.flatten() for gradient in self._gradients())
+        self._learnt = torch.cat([torch.stack(terms).mean(dim=0), *gradients])
 
     def gradient(self, average: Callable[[Tensor], None]) -> Gradient:
         """What was learnt since the last update; `average` makes a tensor the processes' mean."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        # In one piece: a reduction costs its delay more than its bytes.
-        flat = torch.cat([self._loss_terms, *(gradient.flatten() for gradient in gradients)])
-        average(flat)
-        terms, *parts = flat.split([len(TERMS), *(gradient.numel() for gradient in gradients)])
+        assert self._learnt is not None
+        gradients, learnt, self._learnt = self._gradients(), self._learnt, None
+        average(learnt)
+        terms, *parts = learnt.split([len(TERMS), *(gradient.numel() for gradient in gradients)])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
         norm = nn.utils.clip_grad_norm_(self._parameters, self._train.clip).detach()
         return Gradient(terms[0], norm, torch.cat([terms, norm[None]]).double())
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
 
     def update(self) -> None:
         """Change the weights by the last gradient."""
