@@ -470,7 +470,7 @@ class _Run:
 
     def _restore(self, state: checkpoint.State) -> None:
         self._start, self._told = state.step, state.facts["told"]
-        self._seconds_before = state.facts["seconds"]
+        self._seconds_before, self._begun = state.facts["seconds"], perf_counter()
         self._validation_due = state.facts.get("validation_due", False)
         self.learner.restore(state.step, state.tensors, state.facts["optimiser"])
         self._sums.copy_(state.tensors["loop"]["sums"])
