@@ -70,6 +70,12 @@ def student_card(
         ]
     else:
         body += ["", "Nothing was held out: no figure on unseen DNA is known."]
+    if record.asked("objective", "mask_tokens") == "dropped":
+        body += [
+            "",
+            "It was trained without mask symbols: `[MASK]`, as which `had-pipe embed` reads letters "
+            "other than A, C, G and T, means nothing to it.",
+        ]
     body += [
         "",
         "With had-pipe installed:",

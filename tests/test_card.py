@@ -34,8 +34,8 @@ def planned(cache: Cache, *, licence: str = "MIT", **teacher: str) -> Cache:
     return Planned(plan)  # type: ignore[return-value]
 
 
-def card(*caches: Cache) -> str:
-    run = {"recipe": {"train": {"steps": 5}}}
+def card(*caches: Cache, **objective: str) -> str:
+    run = {"recipe": {"train": {"steps": 5}, "objective": objective}}
     record = RunRecord(folder=Path("run"), run=run, train=(), validation=(), floors=None)
     return student_card(record, caches, parameters=1000, width=32, batch=8)
 
@@ -83,3 +83,8 @@ def test_the_card_shows_how_to_load_it_with_had_pipe_and_without(cache: Cache) -
     assert "trust_remote_code" not in with_it
     assert "had_pipe" not in without_it
     assert without_it.count("trust_remote_code=True") == 2
+
+
+def test_a_student_that_never_met_a_mask_symbol_says_so(cache: Cache) -> None:
+    assert "`[MASK]`, as which" in card(cache, mask_tokens="dropped")
+    assert "[MASK]" not in card(cache)
