@@ -850,6 +850,7 @@ def test_a_slow_gpu_does_not_see_slots_written_again(made: Made) -> None:
 
 @compiles
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @needs_cuda
 def test_the_host_waits_for_no_gpu_once_a_stream_runs(made: Made) -> None:
     cache = made(windows=96, part=32, views=2)

@@ -351,6 +351,7 @@ def test_cuda_compiled_equals_eager_but_for_rounding_and_itself_in_every_bit(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("fused", [False, True], ids=["eager", "compiled"])
 def test_cuda_is_never_waited_for_and_wants_no_more_memory_by_and_by(
     cuda: torch.device, fused: bool
