@@ -73,8 +73,8 @@ def student_card(
     if record.asked("objective", "mask_tokens") == "dropped":
         body += [
             "",
-            "It was trained without mask symbols: `[MASK]`, as which `had-pipe embed` reads letters "
-            "other than A, C, G and T, means nothing to it.",
+            "It was trained without mask symbols: `[MASK]`, as which `had-pipe embed` reads what "
+            "is no A, C, G or T, means nothing to it.",
         ]
     body += [
         "",
