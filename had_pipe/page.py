@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from had_pipe import __version__
 from had_pipe.durable import make_folder, write_file
+from had_pipe.errors import RecipeError
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
@@ -138,7 +139,12 @@ class Picture:
 
 
 def write_page(page: Path, template: str, **values: Any) -> None:
-    """Fill in a template of the package and write the page, whole or not at all."""
+    """Fill in a template of the package and write the page, whole or not at all.
+
+    Raises RecipeError where `page` is a folder, StorageError where the disk fails.
+    """
+    if page.is_dir():
+        raise RecipeError(f"{page}: is a folder; name a file in it, such as {page / 'page.html'}")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(
             lambda name: files("had_pipe").joinpath(name).read_text("utf-8")

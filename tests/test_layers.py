@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "floors": {"dna"},
     "run": {"errors", "durable"},
     "card": {"cache", "run"},
-    "page": {"durable"},
+    "page": {"durable", "errors"},
     "verdicts": {"run"},
     "spaces": set(),
     "features": {

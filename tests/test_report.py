@@ -20,7 +20,7 @@ from written_runs import (
     write_run,
 )
 
-from had_pipe.errors import InputError
+from had_pipe.errors import InputError, RecipeError
 from had_pipe.report import recipe_text, write_report
 from had_pipe.run import read_run
 from had_pipe.verdicts import verdicts
@@ -177,6 +177,13 @@ def test_the_page_goes_where_it_is_asked_and_equal_runs_give_equal_pages(
     assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "run.json"]
     assert page.read_text("utf-8") == text
     assert sorted(p.name for p in page.parent.iterdir()) == ["page.html"]
+
+
+def test_a_folder_is_no_place_for_a_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo", [train_row(10)])
+    with pytest.raises(RecipeError, match=r"is a folder; name a file in it, such as .*page\.html"):
+        write_report(run, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
 def test_what_was_read_and_from_where_stands_on_the_page(tmp_path: Path) -> None:
