@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from had_pipe.dna.kmers import K
-from had_pipe.students import spell
 from had_pipe.students.had import BaseDecoder
+from had_pipe.students.spelling import bases, spell
 
 Groups = Literal["visible", "masked", "all"]
 Pool = Literal["mean", "concat", "per_base"]
@@ -177,7 +177,7 @@ class HADObjective(nn.Module):
                 query_BQE = self.asking_E.to(feat_BSE.dtype) + position_SE[hidden_BQ]
                 seen_BPE = seen_BPE + position_SE[seen_BP]
             logits_BQ4 = self.decoder(query_BQE, seen_BPE).float()
-            base_BQ = _bases(kmer_id_BT).gather(1, hidden_BQ)
+            base_BQ = bases(kmer_id_BT).gather(1, hidden_BQ)
             reconstruct = F.cross_entropy(logits_BQ4.flatten(0, 1), base_BQ.flatten())
             total = total + self.reconstruct * reconstruct
             with torch.no_grad():
@@ -265,12 +265,6 @@ def _bases_of(group_BN: Tensor) -> Tensor:
 
 def _take(x_BSE: Tensor, place_BN: Tensor) -> Tensor:
     return x_BSE.gather(1, place_BN.unsqueeze(-1).expand(-1, -1, x_BSE.shape[-1]))
-
-
-def _bases(kmer_id_BT: Tensor) -> Tensor:
-    """Base codes (B, S): a k-mer id is its bases as pairs of bits, first base highest."""
-    shift_6 = torch.arange(2 * (K - 1), -1, -2, device=kmer_id_BT.device)
-    return ((kmer_id_BT.long().unsqueeze(-1) >> shift_6) & 3).flatten(1)
 
 
 def _positions(places: int, like_BSE: Tensor) -> Tensor:
