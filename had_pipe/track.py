@@ -46,7 +46,7 @@ class Trackers:
         """Of run `run`, which goes on after `step`; `recipe` is what it was asked for."""
         self._names, self._folder, self._run, self._recipe = names, folder, run, recipe
         self._step = step
-        self._open: list[_Tracker] = []
+        self._open: dict[str, _Tracker] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as closing:
@@ -56,8 +56,8 @@ class Trackers:
                     tracker = _TensorBoard(self._folder / TENSORBOARD, step=self._step)
                 else:
                     tracker = _WandB(self._folder, run=self._run, recipe=self._recipe)
-                closing.callback(tracker.close)
-                self._open.append(tracker)
+                self._open[name] = tracker
+                closing.callback(self._close, name)
             self._closing = closing.pop_all()
         return self
 
@@ -68,16 +68,31 @@ class Trackers:
         """A line of metrics; one without a step was measured before the first."""
         step = int(values.get("step", 0))
         figures = {name: value for name, value in values.items() if name != "step"}
-        for tracker in self._open:
-            tracker.write(kind, step, figures)
+        for name, tracker in self._open.copy().items():
+            try:
+                tracker.write(kind, step, figures)
+            except Exception as error:
+                self._failed(name, f"was told nothing from step {step} on", error)
+
+    def _close(self, name: str) -> None:
+        if tracker := self._open.pop(name, None):
+            try:
+                tracker.close()
+            except Exception as error:
+                self._failed(name, "may not have all that it was told", error)
+
+    def _failed(self, name: str, what: str, error: Exception) -> None:
+        """Days of training do not end because somebody who looks on is gone."""
+        self._open.pop(name, None)
+        log.warning("[train] track: %s %s, training goes on: %s", name, what, error)
 
 
 class _TensorBoard:
     def __init__(self, folder: Path, *, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Lines after the checkpoint come again.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        # Lines after the checkpoint come again; without one all do, the floors at step 0 too.
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

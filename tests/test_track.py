@@ -74,17 +74,18 @@ def stop_at(step: int, patched: pytest.MonkeyPatch) -> None:
     patched.setattr(Learner, "learn", stopped)
 
 
+@pytest.mark.parametrize("killed", [2, 5], ids=["before a checkpoint", "after one"])
 def test_tensorboard_shows_what_metrics_say_and_no_step_twice(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, killed: int
 ) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     recipe = a_recipe(cache, tmp_path / "run", "tensorboard")
     with monkeypatch.context() as patched:
-        stop_at(5, patched)
+        stop_at(killed, patched)
         patched.setattr("had_pipe.distill._Run._keep", lambda run, step: None)  # as if killed
         with pytest.raises(Interrupted, match="enough"):
             distill(recipe)
-    distill(recipe)  # goes on after step 3: step 4 is told once more
+    distill(recipe)  # goes on after step 3, or begins anew: what came after is told once more
     read = events.EventAccumulator(str(tmp_path / "run" / track.TENSORBOARD))
     read.Reload()
     found = {
@@ -175,6 +176,26 @@ def test_wandb_is_closed_when_training_fails(
         with pytest.raises(Interrupted, match="enough"):
             distill(a_recipe(cache, tmp_path / "run", "wandb"))
     assert board.finished == 1
+
+
+@pytest.mark.parametrize("fails", ["log", "finish"])
+def test_a_wandb_that_is_gone_does_not_stop_training(
+    tmp_path: Path,
+    cache: Path,
+    board: Board,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fails: str,
+) -> None:
+    def gone(*_: Any) -> None:
+        raise ConnectionError("it is gone")
+
+    monkeypatch.setattr(board, fails, gone)
+    assert distill(a_recipe(cache, tmp_path / "run", "wandb")).student.is_dir()
+    assert as_scalars(tmp_path / "run")["train/loss"][-1][0] == 6
+    (said,) = caplog.messages
+    assert said.startswith("[train] track: wandb ")
+    assert said.endswith("training goes on: it is gone")
 
 
 def test_a_wandb_that_does_not_start_is_told(
