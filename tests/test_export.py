@@ -37,7 +37,7 @@ from had_pipe.students import (
     save_student,
     saving,
 )
-from had_pipe.students.had import BaseDecoder
+from had_pipe.students.had import BaseDecoder, HADPreTrainedModel
 
 LETTERS = ["ACGTTGCA" * 9, "ACG[MASK]TTnacg"]
 
@@ -253,12 +253,22 @@ def test_files_of_a_student_are_as_readable_as_each_other(folder: Path) -> None:
     assert len(modes) == 1
 
 
+class AnotherHead(HADPreTrainedModel):
+    """A head that somebody else made."""
+
+    def __init__(self, student: HADModel) -> None:
+        super().__init__(student.config)
+        self.had = student
+        self.judge = torch.nn.Linear(SMALL["hidden_size"], 1)
+
+
 def test_a_student_is_loaded_whichever_head_it_has(
     student: HADModel, folder: Path, tmp_path: Path
 ) -> None:
     save_student(student, None, tmp_path / "bare")
     HADForSequenceClassification(student.config).save_pretrained(tmp_path / "classes")
-    for path in (folder, tmp_path / "bare"):
+    AnotherHead(student).save_pretrained(tmp_path / "another")
+    for path in (folder, tmp_path / "bare", tmp_path / "another"):
         loaded = load_student(path)
         assert not loaded.training
         for (name, a), (_, b) in zip(
@@ -319,11 +329,12 @@ def _spoil(folder: Path, how: str) -> None:
         ("another shape", "cannot be loaded"),
     ],
 )
+@pytest.mark.parametrize("headed", [False, True], ids=["bare", "with a head"])
 def test_what_is_no_whole_student_is_refused(
-    student: HADModel, tmp_path: Path, how: str, said: str
+    student: HADModel, decoder: BaseDecoder, tmp_path: Path, headed: bool, how: str, said: str
 ) -> None:
     folder = tmp_path / "student"
-    save_student(student, None, folder)
+    save_student(student, decoder if headed else None, folder)
     _spoil(folder, how)
     with pytest.raises(InputError, match=said) as refused:
         load_student(folder)

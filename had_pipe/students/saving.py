@@ -80,7 +80,7 @@ def load_student(folder: Path, *, device: torch.device | str = "cpu") -> HADMode
 
     No code of the folder is run. Raises InputError.
     """
-    expected = f"expected the folder of a student, as had-pipe distill leaves it: with {WEIGHTS}"
+    expected = f"expected a student, as had-pipe distill leaves it in RUN/student: with {WEIGHTS}"
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except OSError as error:
@@ -118,7 +118,10 @@ def load_student(folder: Path, *, device: torch.device | str = "cpu") -> HADMode
             f"{folder}: {WEIGHTS} lacks {len(missing)} of the student's tensors, {missing[0]} for "
             "one; copy it again"
         )
-    if strange := sorted(loaded[1]["unexpected_keys"]):
+    # A head has the student under this name, and beside it what is the head's alone.
+    bare, own = config.get("architectures") == [HADModel.__name__], f"{HADModel.base_model_prefix}."
+    unused = sorted(loaded[1]["unexpected_keys"])
+    if strange := [name for name in unused if bare or name.startswith(own)]:
         # A student of fewer layers would load, and say something else.
         raise InputError(
             f"{folder}: {WEIGHTS} holds {len(strange)} tensors that config.json knows nothing of, "
