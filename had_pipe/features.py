@@ -187,7 +187,7 @@ def _teacher(batch: Batch, place_BG: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _student(student: HADModel, batch: Batch, place_BG: Tensor, *, dropped: bool) -> Tensor:
-    """The student's features of groups, from what it saw while it was validated."""
+    """The student's features of groups; the masked ones are hidden whole, as from the teacher."""
     kmer_id_BT, mask_BT = batch.kmer_id, batch.mask
     if dropped:  # it reads visible groups alone, one after the other
         kmer_id_BT = kmer_id_BT.gather(1, place_BG)
