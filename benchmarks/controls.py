@@ -6,8 +6,8 @@
 Recipes of pipelines/controls, by name; the first is what the others are held against, by default
 had against reconstruction_only and alignment_only. Each is trained by `had-pipe distill`'s own
 function, once for every seed: with the same first weights, which is checked, from the same windows
-of one cache in the same order, in as many steps. What lies in the folder already, cache, runs and
-checkpoints, is gone on with, so that a benchmark that was stopped loses little.
+of one cache in the same order, in as many steps. What lies in the folder already, cache, runs,
+checkpoints and answers, is gone on with, so that a benchmark that was stopped loses little.
 
 A run measures what it was trained for, so a student of one half has no figures of the other. All
 students are therefore asked alike as well, by maps that are fitted to their frozen features, on
@@ -48,6 +48,7 @@ import had_pipe
 from had_pipe.cache import Cache, open_cache
 from had_pipe.distill import DistillSummary, distill
 from had_pipe.dna.kmers import K
+from had_pipe.durable import write_file
 from had_pipe.errors import HadPipeError
 from had_pipe.extract import extract
 from had_pipe.recipe import Recipe, read_recipe
@@ -345,10 +346,18 @@ def measure(
     first = next(iter(shipped))
     known, truth = Truth.of(cache, "train", size.fitted), Truth.of(cache, "valid", size.held_out)
 
-    def asked(student: HADModel, *, mask_tokens: str = "kept") -> dict[str, float]:
+    def asked(student: HADModel, out: Path, *, mask_tokens: str = "kept") -> dict[str, float]:
+        """What it answers, kept in its folder: to ask costs as much as some dozen steps."""
+        kept, about = out / "asked.json", [cache.id, size.fitted, size.held_out, RIDGE, LOGISTIC]
+        if kept.exists():
+            told = json.loads(kept.read_text())
+            if told["about"] == about:
+                return dict(told["answers"])
         read = {"mask_tokens": mask_tokens, "device": device}
         to_fit, held_out = (features(student, t.batches, **read) for t in (known, truth))
-        return probe(known, to_fit, truth, held_out)
+        answers = probe(known, to_fit, truth, held_out)
+        write_file(kept, json.dumps({"about": about, "answers": answers}).encode(), aside=folder)
+        return answers
 
     found: dict[str, list[dict[str, float]]] = {name: [] for name in (*shipped, UNTRAINED)}
     floors: dict[str, dict[str, float]] = {}
@@ -366,10 +375,12 @@ def measure(
                 floors = floors_of(done)
             student = load_student(done.student, device=device)
             figures = own_figures(done)
-            figures |= asked(student, mask_tokens=recipe.objective.mask_tokens)
+            figures |= asked(student, done.run, mask_tokens=recipe.objective.mask_tokens)
             found[name].append(figures)
             _say(f"seed {seed}, {name}", figures)
-        found[UNTRAINED].append(asked(first_student(recipes[first], cache, device=device)))
+        out = folder / f"{UNTRAINED}-{first}-{seed}"
+        out.mkdir(exist_ok=True)
+        found[UNTRAINED].append(asked(first_student(recipes[first], cache, device=device), out))
         _say(f"seed {seed}, {UNTRAINED}", found[UNTRAINED][-1])
     values = {
         name: {figure: [one[figure] for one in runs] for figure in runs[0]}

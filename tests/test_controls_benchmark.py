@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def tiny_recipe(path: Path, **objective: Any) -> Recipe:
 
 
 def test_students_are_asked_alike_and_a_benchmark_that_is_done_trains_no_more(
-    bench: Any, made: Made, tmp_path: Path
+    bench: Any, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = made(windows=32, valid=16, store="all")
     size = bench.Size(steps=3, seeds=2, fitted=32, held_out=16, strides=1)
@@ -193,8 +194,13 @@ def test_students_are_asked_alike_and_a_benchmark_that_is_done_trains_no_more(
 
     weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/student/*.safetensors")}
     assert len(weights) == 6
-    again = bench.measure(size, tmp_path, shipped, cache, device="cpu")
+    with monkeypatch.context() as patched:
+        patched.delattr(bench, "features")  # nobody is asked twice
+        again = bench.measure(size, tmp_path, shipped, cache, device="cpu")
     assert again["students"] == students
+    fewer = bench.measure(replace(size, fitted=16), tmp_path, shipped, cache, device="cpu")
+    assert fewer["students"]["had"]["error"] == students["had"]["error"]
+    assert fewer["students"]["had"]["probe_error"] != students["had"]["probe_error"]
     assert weights == {path: path.stat().st_mtime_ns for path in weights}
 
 
