@@ -217,6 +217,7 @@ def stall() -> None:
     """A signal while data does not come."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)
+    raise AssertionError("nobody woke it")
 
 
 @pytest.mark.parametrize("step", [0, 7])
@@ -236,10 +237,8 @@ def test_a_signal_while_data_is_waited_for_stops_at_once_and_loses_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr("had_pipe.distill.Stream", Stalling)
-        begun = time.monotonic()
         with pytest.raises(Interrupted) as stop:
             distill(a_recipe(cache, tmp_path / "run"))
-        assert time.monotonic() - begun < 50
     where = f"after step {step} of 20, saved" if step else "before the first step"
     assert str(stop.value) == f"stopped by SIGTERM {where}: run the same command again to go on"
     # What was measured before the first step is kept as well.
