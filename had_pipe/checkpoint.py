@@ -54,11 +54,11 @@ def save(folder: Path, state: State, *, run: str, keep: int = 2) -> Path:
     """
     assert keep > 0
     make_folder(folder)
-    with storage(folder):
-        for leftover in folder.glob(".step-*"):
-            shutil.rmtree(leftover)
     final = folder / f"step-{state.step:08d}"
     aside = folder / f".{final.name}.tmp"
+    with storage(folder):
+        for leftover in folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover)
     try:
         with storage(aside):
             aside.mkdir()
@@ -85,8 +85,16 @@ def save(folder: Path, state: State, *, run: str, keep: int = 2) -> Path:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _discard(final)  # there is one only if it could not be read and the run fell back behind it
+    with storage(final):
+        # The same step is saved again after a validation that was due, or a fall back behind it.
+        if final.exists():
+            if _gone(final).exists():
+                shutil.rmtree(_gone(final))
+            final.rename(_gone(final))
     publish(aside, final)
+    with storage(folder):
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover)
     # Later ones could not be read, or the run would not stand here: they do not count.
     sound = [path for path in checkpoints(folder) if _step(path) <= state.step]
     for old in sound[keep:]:
@@ -107,7 +115,9 @@ def load(folder: Path, *, run: str) -> State | None:
     where there are checkpoints and none of them can be used.
     """
     faults = []
-    for path in checkpoints(folder):
+    # What was being replaced comes last: it is all there is where a kill came in between.
+    gone = sorted(folder.glob(".step-*.gone"), key=_step, reverse=True)
+    for path in [*checkpoints(folder), *gone]:
         try:
             state = _read(path, run=run)
         except _Unusable as fault:
@@ -205,7 +215,7 @@ def restore_optimiser(
 
 
 def _step(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
+    match = _NAME.search(path.name)
     assert match
     return int(match[1])
 
@@ -226,7 +236,11 @@ def _write(path: Path, data: bytes) -> None:
 def _discard(path: Path) -> None:
     """Remove a checkpoint; killed within, what is left of it is not taken for one."""
     if path.exists():
-        gone = path.with_name(f".{path.name}.gone")
         with storage(path):
-            path.rename(gone)
-            shutil.rmtree(gone)
+            path.rename(_gone(path))
+            shutil.rmtree(_gone(path))
+
+
+def _gone(path: Path) -> Path:
+    """What a checkpoint is called that is being removed, or replaced."""
+    return path.with_name(f".{path.name}.gone")

@@ -159,6 +159,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_as_they_were(tmp_path: Path)
 
 KILLED_WITHIN = """
 import os, sys
+# Steps saved before the kill, the one saved then, and how many are kept.
+before, now, keep = [int(x) for x in sys.argv[2].split(",")], int(sys.argv[3]), int(sys.argv[4])
 from pathlib import Path
 import torch
 from had_pipe import checkpoint
@@ -167,7 +169,7 @@ def state(step):
     return checkpoint.State(step=step, tensors={"s": {"w": torch.arange(5.0) + step}}, facts={})
 
 def save(folder, step, run="a" * 64):
-    checkpoint.save(folder, state(step), run=run)
+    checkpoint.save(folder, state(step), run=run, keep=keep)
 
 def die_at(number):
     calls = 0
@@ -184,26 +186,35 @@ number, ended = 0, False
 while not ended:
     number += 1
     folder = Path(sys.argv[1], str(number))
-    save(folder, 1)
-    save(folder, 2)
+    for step in before:
+        save(folder, step)
     child = os.fork()
     if not child:
         die_at(number)
-        save(folder, 3)
+        save(folder, now)
         os._exit(0)
     ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     found = checkpoint.load(folder, run="a" * 64)
-    assert found.step in ((3,) if ended else (2, 3)), (number, found)
+    assert found.step in ((now,) if ended else (before[-1], now)), (number, found)
     assert found.tensors["s"]["w"].equal(state(found.step).tensors["s"]["w"])
     save(folder, 4)
-    assert len(list(folder.iterdir())) == 2, (number, list(folder.iterdir()))
+    assert len(list(folder.iterdir())) == keep, (number, list(folder.iterdir()))
 print(number)
 """
 
 
-def test_killed_anywhere_a_whole_checkpoint_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "now", "keep"),
+    [("1,2", "3", "2"), ("2", "2", "1")],
+    ids=["the next step", "the only one again"],
+)
+def test_killed_anywhere_a_whole_checkpoint_is_left(
+    tmp_path: Path, before: str, now: str, keep: str
+) -> None:
     child = subprocess.run(
-        [sys.executable, "-c", KILLED_WITHIN, str(tmp_path)], check=True, capture_output=True
+        [sys.executable, "-c", KILLED_WITHIN, str(tmp_path), before, now, keep],
+        check=True,
+        capture_output=True,
     )
     assert int(child.stdout) > 10
 
