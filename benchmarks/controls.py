@@ -81,7 +81,7 @@ class Size:
 
 
 QUICK = Size(steps=8, seeds=2, fitted=64, held_out=64, strides=10)
-FULL = Size(steps=140, seeds=3, fitted=512, held_out=256, strides=1)
+FULL = Size(steps=140, seeds=3, fitted=256, held_out=256, strides=1)
 
 
 # Maps from frozen features
